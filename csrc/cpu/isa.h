@@ -1,0 +1,20 @@
+// Which instruction set runs: the best that the CPU and the operating system support, or the one of RNNKERN_CPU_ISA.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace rnnkern {
+
+enum class Isa {
+  portable,
+  avx2,
+  avx512,
+};
+
+const char* isa_name(Isa isa);
+std::vector<std::string> supported_isas();  // built and supported by this CPU, best last
+Isa current_isa();                          // throws std::runtime_error if RNNKERN_CPU_ISA names none of supported_isas()
+void set_isa(const std::string& name);      // throws std::runtime_error likewise
+
+}  // namespace rnnkern

@@ -1,0 +1,34 @@
+// Memory that outlives a call: fresh pages cost more than the work done in them (about 0.24 ms per MiB), so scratch
+// memory is kept by the thread that asked for it and reused, on huge pages where it is large.
+#pragma once
+
+#include <cstddef>
+
+namespace rnnkern {
+
+constexpr size_t kAlignment = 128;
+
+// At least `bytes` of uninitialised memory, valid until this thread's next call with the same slot.
+void* workspace(int slot, size_t bytes);
+
+// Asks for huge pages below a fresh allocation of at least a few MiB: first touch is then ten times cheaper.
+void prefer_huge_pages(void* data, size_t bytes);
+
+// Carves aligned arrays out of one block. Run it twice: with a null base to learn the size, then for real.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(size_t count) {
+    T* data = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return data;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+}  // namespace rnnkern
