@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -21,20 +22,31 @@ def find_tool(name: str) -> str:
     return path
 
 
+def check_tools() -> None:
+    try:
+        import pybind11  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise SystemExit(
+            f"rnnkern builds against the torch that is installed, and {error.name} is not found: "
+            "install torch and pybind11 first, then pip install --no-build-isolation ."
+        ) from None
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler.split()[0]) is None:
+        raise SystemExit(f"rnnkern needs a C++17 compiler, g++ 11 or later, and {compiler} is not found (apt install g++)")
+
+
+class FreshBuild(build):
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # else a file deleted from the tree lives on in the wheel
+        super().run()
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        try:
-            import pybind11  # noqa: F401
-            import torch  # noqa: F401
-        except ImportError as error:
-            raise SystemExit(
-                f"rnnkern builds against the torch that is installed, and {error.name} is not found: "
-                "install torch and pybind11 first, then pip install --no-build-isolation ."
-            ) from None
-        if shutil.which(os.environ.get("CXX", "g++")) is None:
-            raise SystemExit("rnnkern needs a C++17 compiler: install g++ 11 or later (apt install g++)")
+        check_tools()
         destination = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         cmake = find_tool("cmake")
         configure = [
             f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
@@ -42,9 +54,15 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DRNNKERN_VERSION={self.distribution.get_version()}",
         ]
-        subprocess.run([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *configure], check=True)
-        subprocess.run([cmake, "--build", build], check=True)
-        subprocess.run([cmake, "--install", build], check=True)
+        subprocess.run([cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *configure], check=True)
+        subprocess.run([cmake, "--build", build_dir], check=True)
+        subprocess.run([cmake, "--install", build_dir], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable install: setuptools copies `_C`; the library it is linked to goes beside it."""
+        super().copy_extensions_to_source()
+        package = Path(self.get_finalized_command("build_py").get_package_dir("rnnkern"))
+        self.copy_file(str(Path(self.build_lib) / "rnnkern" / "librnnkern.so"), str(package / "librnnkern.so"))
 
 
-setup(ext_modules=[Extension("rnnkern._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension("rnnkern._C", sources=[])], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})

@@ -1,0 +1,131 @@
+# rnnkern: every command a person needs; `make` lists them.
+#
+# Each command makes the environment and the extension first and does nothing twice. Variables:
+#   PYTHON=python3     the interpreter the environment is made from
+#   VENV=.venv         where the environment is
+#   TORCH=2.13.0       a torch version, or anything pip accepts (TORCH=torch==2.14.0, TORCH=/path/to/torch.whl)
+#   CXX=g++            the compiler
+#   ARGS=              passed on, for example make test ARGS="-k lstm", make demo ARGS="--epochs 1"
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+ARGS ?=
+export CXX
+
+# The same as in pyproject.toml's build-system: installed first, since the build runs in this environment.
+BUILD_TOOLS := "setuptools>=77" "cmake>=3.24" "ninja" "pybind11>=2.13"
+
+torch := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(TORCH))
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check install --quiet
+sources := setup.py CMakeLists.txt $(shell find csrc -type f)
+cpp := $(shell find csrc rnnkern/_bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+# Two `make` at a time take turns in everything that writes to the environment or to build/.
+alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-directory
+comma := ,
+
+.PHONY: help demo test bench build lint format ctest asan tsan sanitize tools check clean distclean FORCE
+help:
+	@echo 'make demo       train, test and show the grapheme-to-phoneme example on our kernels'
+	@echo 'make test       run every Python test'
+	@echo 'make bench      measure against torch.nn, write benchmarks/results/ (ARGS=--smoke: a few rows)'
+	@echo 'make build      make the environment ($(VENV)) and build the extension into it'
+	@echo 'make lint       ruff, mypy, clang-format; make format mends what they can'
+	@echo 'make ctest      the C++ tests; make sanitize runs them under ASan + UBSan and under TSan'
+	@echo 'make clean      remove what was built; make distclean removes $(VENV) too'
+
+demo: build
+	@$(python) examples/g2p.py $(ARGS)
+
+test: build
+	@$(python) -m pytest $(ARGS)
+
+bench: build
+	@$(python) -m benchmarks.report $(ARGS)
+
+build:
+	$(alone) $(VENV)/.stamp-build
+
+lint:
+	$(alone) $(VENV)/.stamp-lint
+	@$(python) -m ruff check .
+	@$(python) -m ruff format --check .
+	@$(python) -m mypy
+	@$(VENV)/bin/clang-format --dry-run -Werror $(cpp)
+
+format:
+	$(alone) $(VENV)/.stamp-lint
+	@$(python) -m ruff check --fix .
+	@$(python) -m ruff format .
+	@$(VENV)/bin/clang-format -i $(cpp)
+
+# The C++ tests need no torch, but CMake and Ninja come from the environment.
+ctest_in = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
+  cmake -S . -B $(1) -G Ninja -DRNNKERN_TORCH=OFF -DRNNKERN_TESTS=ON -DRNNKERN_SANITIZE=$(2) >$(1).log || { cat $(1).log; exit 1; }; \
+  cmake --build $(1); ctest --test-dir $(1) --output-on-failure $(3)
+
+ctest: tools
+	@mkdir -p build; $(call ctest_in,build/ctest,,$(ARGS))
+
+sanitize: asan tsan
+
+asan: tools
+	@mkdir -p build; $(call ctest_in,build/asan,address$(comma)undefined,$(ARGS))
+
+# Threads are started in the engines and in the team only.
+tsan: tools
+	@mkdir -p build; $(call ctest_in,build/tsan,thread,-R 'layer|team|attention' $(ARGS))
+
+tools:
+	$(alone) $(VENV)/.stamp-env
+
+# One line for each thing that is missing.
+check:
+	@missing=0; need() { echo "rnnkern needs $$1" >&2; missing=1; }; \
+	if ! command -v "$(PYTHON)" >/dev/null; then \
+	  need "Python 3.10 or later: $(PYTHON) is not found (apt install python3, or make PYTHON=...)"; \
+	elif ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	  need "Python 3.10 or later: $(PYTHON) is $$("$(PYTHON)" -V 2>&1) (make PYTHON=...)"; \
+	else \
+	  "$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || need "Python's venv module (apt install python3-venv)"; \
+	  "$(PYTHON)" -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+	    || need "Python's headers, Python.h (apt install python3-dev)"; \
+	fi; \
+	if ! command -v $(firstword $(CXX)) >/dev/null; then \
+	  need "a C++17 compiler: $(CXX) is not found (apt install g++, 11 or later, or make CXX=...)"; \
+	elif ! printf '#if !defined(__clang__) && __GNUC__ < 11\n#error\n#endif\n#include <vector>\n' \
+	    | $(CXX) -std=c++17 -x c++ -fsyntax-only - 2>/dev/null; then \
+	  need "g++ 11 or later with its standard library: $(CXX) is $$($(CXX) --version 2>&1 | head -n 1)"; \
+	fi; \
+	exit $$missing
+
+# Stamps, so that nothing is done twice. Reached through $(alone) only.
+$(VENV)/.stamp-venv:
+	@$(MAKE) --no-print-directory check
+	@echo "making $(VENV)"; "$(PYTHON)" -m venv $(VENV); touch $@
+
+# Rewritten, and so newer than what was installed, only when another torch is asked for.
+$(VENV)/.torch: $(VENV)/.stamp-venv FORCE
+	@echo '$(torch)' | cmp -s - $@ || echo '$(torch)' >$@
+
+$(VENV)/.stamp-env: $(VENV)/.torch
+	@echo "installing $(torch) and build tools"; $(pip) '$(torch)' $(BUILD_TOOLS); touch $@
+
+# Without build isolation: the extension is built against the torch that is here, and no second one is downloaded.
+$(VENV)/.stamp-build: $(VENV)/.stamp-env pyproject.toml $(sources)
+	@$(MAKE) --no-print-directory check
+	@echo "building the extension"; $(pip) --no-build-isolation -e '.[demo,bench,test]'; touch $@
+
+$(VENV)/.stamp-lint: $(VENV)/.stamp-build
+	@echo "installing the linters"; $(pip) --no-build-isolation -e '.[lint]'; touch $@
+
+clean:
+	rm -rf build dist *.egg-info rnnkern/*.so $(VENV)/.stamp-build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
