@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#define RNNKERN_API __attribute__((visibility("default")))  // what the Python module uses
+
 namespace rnnkern {
 
 enum class Isa {
@@ -12,9 +14,9 @@ enum class Isa {
   avx512,
 };
 
-const char* isa_name(Isa isa);
-std::vector<std::string> supported_isas();  // built and supported by this CPU, best last
-Isa current_isa();                          // throws std::runtime_error if RNNKERN_CPU_ISA names none of supported_isas()
-void set_isa(const std::string& name);      // throws std::runtime_error likewise
+RNNKERN_API const char* isa_name(Isa isa);
+RNNKERN_API std::vector<std::string> supported_isas();  // built and supported by this CPU, best last
+RNNKERN_API Isa current_isa();  // throws std::runtime_error if RNNKERN_CPU_ISA names none of supported_isas()
+RNNKERN_API void set_isa(const std::string& name);  // throws std::runtime_error likewise
 
 }  // namespace rnnkern

@@ -29,11 +29,11 @@ struct Exp2Constants<double> {
   static constexpr int kBias = 1023, kMantissa = 52;
   static constexpr double kLog2e = 1.4426950408889634, kLog2eLow = 2.0355273740931033e-17;
   static constexpr double kLowest = -708.0, kHighest = 709.0;
-  static constexpr double kCoefficients[] = {
-      1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10, 7.054911620801123e-09,
-      1.01780860092397e-07,   1.321548679014431e-06,  1.5252733804059841e-05, 0.0001540353039338161,
-      0.0013333558146428443,  0.009618129107628477,   0.05550410866482158,    0.24022650695910072,
-      0.6931471805599453};
+  static constexpr double kCoefficients[] = {1.3691488853904128e-12, 2.5678435993488206e-11, 4.4455382718708116e-10,
+                                             7.054911620801123e-09,  1.01780860092397e-07,   1.321548679014431e-06,
+                                             1.5252733804059841e-05, 0.0001540353039338161,  0.0013333558146428443,
+                                             0.009618129107628477,   0.05550410866482158,    0.24022650695910072,
+                                             0.6931471805599453};
 };
 
 // e^(factor x) = scale * (1 + q); factor x within [kLowest, kHighest]; factor a power of two, or minus one.
@@ -91,7 +91,8 @@ RNNKERN_FN Vec<T> exp(Vec<T> x) {
 }
 template <class T>
 RNNKERN_FN Vec<T> sigmoid(Vec<T> x) {
-  constexpr T kLimit = sizeof(T) == 4 ? 43 : 300;  // beyond it the result rounds to 0 or 1 in sums, and nothing overflows
+  constexpr T kLimit =
+      sizeof(T) == 4 ? 43 : 300;  // beyond it the result rounds to 0 or 1 in sums, and nothing overflows
   const ExpParts<T> e = exp_parts(clamp(x, -kLimit, kLimit), T(-1));
   const Vec<T> one(T(1));
   return one / (fma(e.q, e.scale, e.scale) + one);

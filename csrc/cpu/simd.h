@@ -105,7 +105,9 @@ RNNKERN_FN Vec<T> operator/(Vec<T> a, Vec<T> b) {
 }
 
 #if RNNKERN_ISA_avx512
-RNNKERN_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return Vec<float>(_mm512_fmadd_ps(a.v, b.v, c.v)); }
+RNNKERN_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>(_mm512_fmadd_ps(a.v, b.v, c.v));
+}
 RNNKERN_FN Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return Vec<double>(_mm512_fmadd_pd(a.v, b.v, c.v));
 }
@@ -127,7 +129,9 @@ RNNKERN_FN void Vec<double>::store_n(double* p, int n) const {
 }
 #else
 #if RNNKERN_ISA_avx2
-RNNKERN_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return Vec<float>(_mm256_fmadd_ps(a.v, b.v, c.v)); }
+RNNKERN_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return Vec<float>(_mm256_fmadd_ps(a.v, b.v, c.v));
+}
 RNNKERN_FN Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return Vec<double>(_mm256_fmadd_pd(a.v, b.v, c.v));
 }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cells/cell.h"  // RNNKERN_FN
+
 namespace rnnkern {
 
 // Calls body(context, begin, end) so that [0, count) is covered, possibly in parallel; returns when all is done.
@@ -24,14 +26,15 @@ struct Member {
 // A flag that one member raises and others wait for, on a cache line of its own.
 struct alignas(128) Flag {
   int64_t value = 0;
-  void raise(int64_t to) { __atomic_store_n(&value, to, __ATOMIC_RELEASE); }
+  RNNKERN_FN void raise(int64_t to) { __atomic_store_n(&value, to, __ATOMIC_RELEASE); }
   void wait(int64_t for_value) const;  // spins, then yields
 };
 
 // Runs body(context, member) on up to `wanted` threads that are guaranteed to run at the same time. A thread that has
 // not turned up within a short time is left out: the team is closed without it and the others do its share, so that
 // no one ever waits for a thread that may not be scheduled. The result must not depend on the size of the team.
-void run_team(const ParallelFor& parallel, int wanted, void (*body)(void* context, const Member& member), void* context);
+void run_team(const ParallelFor& parallel, int wanted, void (*body)(void* context, const Member& member),
+              void* context);
 
 template <class Body>
 void run_team(const ParallelFor& parallel, int wanted, const Body& body) {

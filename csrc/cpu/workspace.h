@@ -4,6 +4,8 @@
 
 #include <cstddef>
 
+#include "cells/cell.h"  // RNNKERN_FN: forced inline, so that no instruction set's copy is shared
+
 namespace rnnkern {
 
 constexpr size_t kAlignment = 128;
@@ -17,14 +19,14 @@ void prefer_huge_pages(void* data, size_t bytes);
 // Carves aligned arrays out of one block. Run it twice: with a null base to learn the size, then for real.
 class Arena {
  public:
-  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+  RNNKERN_FN explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
   template <class T>
-  T* take(size_t count) {
+  RNNKERN_FN T* take(size_t count) {
     T* data = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += (count * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
     return data;
   }
-  size_t used() const { return used_; }
+  RNNKERN_FN size_t used() const { return used_; }
 
  private:
   char* base_;

@@ -1,0 +1,177 @@
+// Plans a call: rows sorted by length, threads, workspace, the kernels of the current instruction set.
+#include "cpu/layer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <stdexcept>
+
+#include "cpu/isa.h"
+#include "cpu/layer_kernels.h"
+#include "cpu/workspace.h"
+#include "rnnkern_cells.h"
+#include "rnnkern_lists.h"
+
+#define RNNKERN_DECLARE(isa, cell)                 \
+  namespace rnnkern::isa {                         \
+  const LayerKernels& cell##_kernels(Dtype dtype); \
+  }
+RNNKERN_FOR_EACH_ISA_AND_CELL(RNNKERN_DECLARE)
+#undef RNNKERN_DECLARE
+
+namespace rnnkern {
+namespace {
+
+constexpr int kWorkspaceSlot = 0, kPackedSlot = 1;
+constexpr int kSamples = 16;                // sampled elements per weight, see stale_pack
+constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed weights
+constexpr double kSerialWork = 1e6;         // multiply-adds below which waking a thread costs more than it saves
+
+const LayerKernels& kernels_of(int cell, Dtype dtype) {
+  const std::string& name = cell_traits().at(size_t(cell)).name;
+  const Isa isa = current_isa();
+#define RNNKERN_PICK(isa_, cell_) \
+  if (isa == Isa::isa_ && name == #cell_) return isa_::cell_##_kernels(dtype);
+  RNNKERN_FOR_EACH_ISA_AND_CELL(RNNKERN_PICK)
+#undef RNNKERN_PICK
+  throw std::runtime_error("no kernels for cell '" + name + "'");
+}
+
+// The plan together with the arrays that it points to.
+class Plan {
+ public:
+  Plan(int cell, const LayerInputs& in, const ParallelFor& parallel) : order_(in.B), length_(in.B) {
+    std::iota(order_.begin(), order_.end(), 0);
+    if (in.lengths) {
+      std::stable_sort(order_.begin(), order_.end(),
+                       [&](int32_t a, int32_t b) { return in.lengths[a] > in.lengths[b]; });
+    }
+    for (int64_t m = 0; m < in.B; ++m) length_[m] = in.lengths ? in.lengths[order_[m]] : in.T;
+    plan.steps = in.B > 0 ? length_[0] : 0;
+    alive_.resize(plan.steps);
+    int64_t rows = in.B;
+    for (int64_t t = 0; t < plan.steps; ++t) {
+      while (length_[rows - 1] <= t) --rows;
+      alive_[t] = int32_t(rows);
+    }
+    const double work = double(in.D) * double(plan.steps) * double(in.B) * double(cell_traits()[cell].gates) *
+                        double(in.H) * double(in.I + in.H);
+    plan.in = &in;
+    plan.order = order_.data();
+    plan.length = length_.data();
+    plan.alive = alive_.data();
+    plan.members = work < kSerialWork ? 1 : std::max(1, parallel.threads);
+    flags_.resize(plan.members);
+    plan.flags = flags_.data();
+  }
+  LayerPlan plan{};
+
+ private:
+  std::vector<int32_t> order_, alive_;
+  std::vector<int64_t> length_;
+  std::vector<Flag> flags_;
+};
+
+// A few elements of each weight, spread evenly, as they lie in memory.
+void sample_weights(const LayerInputs& in, int gates, uint64_t* samples) {
+  const int size = dtype_size(in.dtype);
+  for (int d = 0; d < 2; ++d) {
+    const LayerWeights& w = in.weights[d];
+    const void* data[4] = {w.w_ih, w.w_hh, w.b_ih, w.b_hh};
+    const int64_t rows = gates * in.H, counts[4] = {rows * in.I, rows * in.H, rows, rows};
+    for (int i = 0; i < 4; ++i) {
+      for (int64_t s = 0; s < kSamples; ++s, ++samples) {
+        *samples = 0;
+        if (d < in.D && data[i] && counts[i] > 0) {
+          memcpy(samples, static_cast<const char*>(data[i]) + counts[i] * s / kSamples * size, size_t(size));
+        }
+      }
+    }
+  }
+}
+
+ParallelFor limited(const ParallelFor& parallel, int members) {
+  return {parallel.run, std::min(parallel.threads, members)};
+}
+
+}  // namespace
+
+const std::vector<CellTraits>& cell_traits() {
+#define RNNKERN_TRAITS(cell, Struct) {#cell, Struct::kGates, Struct::kStates, Struct::kSaved, Struct::kSplitGates},
+  static const std::vector<CellTraits> traits = {RNNKERN_FOR_EACH_CELL(RNNKERN_TRAITS)};
+#undef RNNKERN_TRAITS
+  return traits;
+}
+
+int find_cell(const std::string& name) {
+  const std::vector<CellTraits>& traits = cell_traits();
+  for (size_t i = 0; i < traits.size(); ++i) {
+    if (traits[i].name == name) return int(i);
+  }
+  throw std::runtime_error("unknown cell '" + name + "'");
+}
+
+int64_t saved_size(int cell, const LayerInputs& in) {
+  const CellTraits& traits = cell_traits()[cell];
+  return in.D * in.T * in.B * ((in.H + 15) / 16 * 16) * (traits.saved + traits.states - 1);
+}
+
+int64_t packed_size(int cell, const LayerInputs& in) {
+  const int64_t fingerprint = kFingerprint * int64_t(sizeof(uint64_t)) / compute_size(in.dtype);
+  return fingerprint + in.D * kernels_of(cell, in.dtype).packed_size(in);
+}
+
+void pack_layer(int cell, const LayerInputs& in, void* packed, const ParallelFor& parallel) {
+  const LayerKernels& kernels = kernels_of(cell, in.dtype);
+  sample_weights(in, cell_traits()[cell].gates, static_cast<uint64_t*>(packed));
+  void* weights = static_cast<uint64_t*>(packed) + kFingerprint;
+  const int64_t blocks = (in.H + 15) / 16;
+  run_parallel(parallel, in.D * blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels.pack(in, int(i / blocks), i % blocks, i % blocks + 1, weights);
+  });
+}
+
+bool stale_pack(int cell, const LayerInputs& in) {
+  uint64_t samples[kFingerprint];
+  sample_weights(in, cell_traits()[cell].gates, samples);
+  return memcmp(samples, in.packed, sizeof(samples)) != 0;
+}
+
+void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel) {
+  if (in.B == 0 || in.H == 0) return;
+  const LayerKernels& kernels = kernels_of(cell, in.dtype);
+  Plan owner(cell, in, parallel);
+  LayerPlan& plan = owner.plan;
+  const ParallelFor threads = limited(parallel, plan.members);
+  if (in.packed && !stale_pack(cell, in)) {
+    plan.packed = const_cast<uint64_t*>(static_cast<const uint64_t*>(in.packed)) + kFingerprint;
+  } else {
+    void* packed = workspace(kPackedSlot, size_t(packed_size(cell, in) * compute_size(in.dtype)));
+    pack_layer(cell, in, packed, threads);
+    plan.packed = static_cast<uint64_t*>(packed) + kFingerprint;
+  }
+  plan.workspace = workspace(kWorkspaceSlot, kernels.forward_bytes(plan));
+  if (out.saved) prefer_huge_pages(out.saved, size_t(saved_size(cell, in) * compute_size(in.dtype)));
+  run_team(threads, plan.members, [&](const Member& member) { kernels.forward(plan, out, member); });
+}
+
+void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad, const ParallelFor& parallel) {
+  if (in.B == 0 || in.H == 0) return;
+  const LayerKernels& kernels = kernels_of(cell, in.dtype);
+  Plan owner(cell, in, parallel);
+  LayerPlan& plan = owner.plan;
+  const ParallelFor threads = limited(parallel, plan.members);
+  plan.workspace = workspace(kWorkspaceSlot, kernels.backward_bytes(plan));
+  const int64_t panels = kernels.backward_panels(in);
+  run_parallel(threads, in.D * panels, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels.pack_transposed(plan, int(i / panels), i % panels, i % panels + 1);
+  });
+  run_team(threads, plan.members, [&](const Member& member) { kernels.backward(plan, grad, member); });
+  if (in.T == 0) {
+    kernels.finish_backward(plan, grad, 0, 0);
+  } else if (in.D == 2 || in.lengths || in.dtype == Dtype::bf16 || in.dtype == Dtype::f16) {
+    run_parallel(threads, in.T, [&](int64_t begin, int64_t end) { kernels.finish_backward(plan, grad, begin, end); });
+  }
+}
+
+}  // namespace rnnkern

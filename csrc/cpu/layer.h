@@ -1,0 +1,78 @@
+// One recurrent layer on the CPU, forward and backward, without torch: raw pointers, sizes, strides, injected threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/dtype.h"
+#include "cpu/isa.h"  // RNNKERN_API
+#include "cpu/team.h"
+
+namespace rnnkern {
+
+// S is the storage type of `dtype`, C its compute type (float, or double for f64).
+struct LayerWeights {
+  const void* w_ih;  // S [G*H, I]
+  const void* w_hh;  // S [G*H, H]
+  const void* b_ih;  // S [G*H] or null
+  const void* b_hh;  // S [G*H] or null
+};
+
+struct LayerInputs {
+  Dtype dtype;
+  int64_t T, B, I, H;
+  int D;                    // directions
+  const void* x;            // S [T, B, I], elements of a row contiguous
+  int64_t x_time, x_batch;  // strides in elements
+  const void* h0;           // S [D, B, H]
+  const void* c0;           // C [D, B, H]; null for cells of one state
+  LayerWeights weights[2];
+  const int64_t* lengths;        // [B] or null: all T
+  const uint8_t* resets;         // [T, B] or null
+  const void* packed = nullptr;  // from pack_layer, or null
+};
+
+struct LayerOutputs {
+  void* y;      // S [T, B, D*H]
+  void* h_n;    // S [D, B, H]
+  void* c_n;    // C [D, B, H] or null
+  void* c_all;  // C [T, B, D*H] or null
+  void* saved;  // C [saved_size] or null
+};
+
+struct LayerGradients {
+  const void* dy;      // S [T, B, D*H] or null: zero; so the next three
+  const void* dh_n;    // S [D, B, H]
+  const void* dc_n;    // C [D, B, H]
+  const void* dc_all;  // C [T, B, D*H]
+  const void* y;       // what forward gave
+  const void* saved;
+  void* dx;   // S [T, B, I] or null: not wanted
+  void* dh0;  // S [D, B, H]
+  void* dc0;  // C [D, B, H] or null
+  struct Weights {
+    void *dw_ih, *dw_hh, *db_ih, *db_hh;  // S, shapes of the weights; biases null where there are none
+  } weights[2];
+  bool need_dw;
+};
+
+struct CellTraits {
+  std::string name;
+  int gates, states, saved, split_gates;
+};
+RNNKERN_API const std::vector<CellTraits>& cell_traits();
+int find_cell(const std::string& name);  // index into cell_traits(); throws std::runtime_error
+
+// Elements of C that forward keeps for backward: [D][T][ceil(H/16)][B][(saved + states - 1) * 16].
+int64_t saved_size(int cell, const LayerInputs& in);
+// Packed weights: elements of C. stale_pack compares a few sampled weights with those from which it was made.
+int64_t packed_size(int cell, const LayerInputs& in);
+void pack_layer(int cell, const LayerInputs& in, void* packed, const ParallelFor& parallel);
+bool stale_pack(int cell, const LayerInputs& in);
+
+void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel);
+void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad, const ParallelFor& parallel);
+
+}  // namespace rnnkern

@@ -1,0 +1,465 @@
+// Backward of one layer, in chunks of steps against the order of forward; see layer_engine.h for who does what.
+//
+// For each step of a chunk: dh = W_hh^T dgh of the step just done, then the cell's pointwise backward. When a chunk is
+// done, while its gate gradients are warm: dx = W_ih^T dgx by rows, and dW += dg^T [x, h] by units, each chunk's sum
+// made afresh and added to the total (one long chain would be several times less accurate). The length of a chunk
+// depends on B alone, because it is part of the canonical order of summation.
+//
+// Gate gradients lie in slots, [slot block][chunk row][16]: first the recurrent part of the split gates, then the gates
+// that dgx and dgh share, then the input part of the split gates. So dgh is slots [0, G) and dgx slots [split, split +
+// G).
+#pragma once
+
+#include "cpu/layer_engine.h"
+
+namespace rnnkern::RNNKERN_ISA {
+
+template <class Cell, class S>
+class Backward {
+  using T = Compute<S>;
+  using V = Vec<T>;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
+  static constexpr int kSplit = Cell::kSplitGates, kSlots = kGates + kSplit;
+  static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
+  static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8, kChunkRows = 256;
+  static constexpr int64_t kRunBlocks = kRun / kBlock / kGates;  // unit blocks in a run
+  static constexpr int kWeightPanel = 2;                         // blocks of columns of dW at a time
+
+  static constexpr int slot_of_dgh(int gate) {
+    return gate >= kGates - kSplit ? gate - (kGates - kSplit) : kSplit + gate;
+  }
+  static constexpr int gate_of_dgh(int slot) { return slot < kSplit ? kGates - kSplit + slot : slot - kSplit; }
+
+ public:
+  static size_t bytes(const LayerPlan& plan) { return Backward(plan, LayerGradients{}, -1, nullptr).bytes_; }
+
+  // Panels of 16 columns of the transposed weights of one direction: first those of W_hh, then those of W_ih.
+  static int64_t panels(const LayerInputs& in) { return blocks_of(in.H) + blocks_of(in.I); }
+
+  static void pack_transposed(const LayerPlan& plan, int d, int64_t begin, int64_t end) {
+    const Backward engine(plan, LayerGradients{}, -1, plan.workspace);
+    const LayerInputs& in = *plan.in;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const bool hidden = panel < engine.blocks_;
+      const int64_t column = (hidden ? panel : panel - engine.blocks_) * kBlock, columns = hidden ? in.H : in.I;
+      const S* from = static_cast<const S*>(hidden ? in.weights[d].w_hh : in.weights[d].w_ih);
+      T* to = hidden ? engine.w_hh_[d] : engine.w_ih_[d];
+      to += column / kBlock * engine.panel_stride_;
+      const int64_t valid = min_of(int64_t(kBlock), columns - column);
+      for (int64_t block = 0; block < engine.blocks_; ++block) {
+        for (int slot = 0; slot < kGates; ++slot) {
+          const int gate = hidden ? gate_of_dgh(slot) : slot;
+          for (int64_t j = 0; j < kBlock; ++j, to += kBlock) {
+            const int64_t unit = block * kBlock + j;
+            int64_t n = 0;
+            if (unit < in.H) {
+              const S* row = from + (gate * in.H + unit) * columns + column;
+              for (; n < valid; ++n) to[n] = to_compute(row[n]);
+            }
+            for (; n < kBlock; ++n) to[n] = T(0);
+          }
+        }
+      }
+    }
+  }
+
+  static void run(const LayerPlan& plan, const LayerGradients& grad, const Member& member) {
+    const Share share = share_of(plan, member);
+    Backward engine(plan, grad, member.index, plan.workspace);
+    for (int d = share.first_direction; d < share.last_direction; ++d) engine.run_direction(d, share, member);
+  }
+
+  static void finish(const LayerPlan& plan, const LayerGradients& grad, int64_t begin, int64_t end) {
+    const Backward engine(plan, grad, -1, plan.workspace);
+    if (grad.dx) engine.finish_dx(begin, end);
+    if (grad.need_dw && begin == 0 && sizeof(S) != sizeof(T)) engine.finish_weights();
+  }
+
+ private:
+  Backward(const LayerPlan& plan, const LayerGradients& grad, int member, void* workspace)
+      : plan_(plan), in_(*plan.in), grad_(grad), blocks_(blocks_of(plan.in->H)) {
+    Arena arena(workspace);
+    const int64_t input_blocks = blocks_of(in_.I);
+    panel_stride_ = blocks_ * kGates * kBlock * kBlock;
+    chunk_ = max_of(int64_t(1), kChunkRows / max_of(int64_t(1), in_.B));
+    rows_stride_ = (chunk_ * in_.B | 1) * kBlock;  // an odd number of cache lines: slot blocks fall into different sets
+    for (int d = 0; d < in_.D; ++d) {
+      w_hh_[d] = arena.take<T>(size_t(blocks_ * panel_stride_));
+      w_ih_[d] = arena.take<T>(size_t(input_blocks * panel_stride_));
+      for (T*& gates : gates_[d]) gates = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
+      for (T*& carry : carry_[d]) carry = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
+      dx_[d] = in_.D == 2 ? arena.take<T>(size_t(in_.T * in_.B * in_.I)) : nullptr;
+      const LayerGradients::Weights& out = grad.weights[d];
+      const int64_t rows = kGates * in_.H;
+      void* outs[4] = {out.dw_ih, out.dw_hh, out.db_ih, out.db_hh};
+      T** targets[4] = {&dw_ih_[d], &dw_hh_[d], &db_ih_[d], &db_hh_[d]};
+      const int64_t sizes[4] = {rows * in_.I, rows * in_.H, rows, rows};
+      for (int i = 0; i < 4; ++i) {  // summed in the compute type: in place where that is the storage type
+        if (sizeof(S) == sizeof(T)) {
+          *targets[i] = static_cast<T*>(outs[i]);
+        } else {
+          *targets[i] = arena.take<T>(size_t(sizes[i]));
+        }
+      }
+    }
+    const int64_t panel = kPanelBlocks * min_of(kPanelRows, max_of(in_.B, chunk_ * in_.B)) * kBlock;
+    for (int i = 0; i < plan.members; ++i) {
+      T* half0 = arena.take<T>(size_t(panel));
+      T* half1 = arena.take<T>(size_t(panel));
+      T* columns = arena.take<T>(size_t(kWeightPanel * chunk_ * in_.B * kBlock));
+      int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
+      if (i == member) {
+        half_[0] = half0;
+        half_[1] = half1;
+        columns_ = columns;
+        first_row_ = first_row;
+      }
+    }
+    bytes_ = arena.used();
+  }
+
+  int64_t time_of(int d, int64_t step) const { return d == 0 ? plan_.steps - 1 - step : step; }
+  int64_t row_of(int64_t m) const { return plan_.order[m]; }
+  bool fresh(int d, int64_t t, int64_t m) const { return fresh_state(in_, d, t, row_of(m), plan_.length[m]); }
+  bool first_step(int d, int64_t t, int64_t m) const { return d == 0 ? t == 0 : t + 1 == plan_.length[m]; }
+  T* gates(int d, int64_t chunk, int64_t block, int slot) const {
+    return gates_[d][chunk & 1] + (block * kSlots + slot) * rows_stride_;
+  }
+
+  void run_direction(int d, const Share& share, const Member& member) {
+    const Range rows = rows_of(plan_, share), blocks = blocks_of(plan_, share), own = part_of(blocks_, share);
+    start(d, rows, blocks);
+    if (grad_.need_dw) clear_weights(d, own);
+    const T* done = nullptr;  // gate gradients of the step just done, from their first row
+    int64_t done_rows = 0, done_time = 0;
+    for (int64_t step = 0, chunk = 0; step < plan_.steps; step += chunk_, ++chunk) {
+      const int64_t steps = min_of(chunk_, plan_.steps - step);
+      int64_t count = 0;
+      for (int64_t i = 0; i < steps; ++i) {
+        first_row_[i] = count;
+        count += plan_.alive[time_of(d, step + i)];
+      }
+      first_row_[steps] = count;
+      for (int64_t i = 0; i < steps; ++i) {
+        const int64_t t = time_of(d, step + i);
+        run_step(d, share, rows, blocks, t, chunk, first_row_[i], step + i, done, done_rows, done_time);
+        if (share.unit_split) plan_.flags[share.base + share.index].raise(step + i + 1);
+        done = gates(d, chunk, 0, 0) + first_row_[i] * kBlock;
+        done_rows = plan_.alive[t];
+        done_time = t;
+      }
+      // All gate gradients of the chunk are needed now; after this the other buffer is free again.
+      member.barrier();
+      if (grad_.dx) input_gradients(d, part_of(count, share), step, steps, chunk);
+      if (grad_.need_dw) weight_gradients(d, own, step, steps, chunk, count);
+    }
+    run_step(d, share, rows, blocks, -1, 0, 0, plan_.steps, done, done_rows, done_time);
+  }
+
+  // The carried gradients start from those of the final states; rows without steps pass them straight through.
+  void start(int d, const Range& rows, const Range& blocks) {
+    for (int64_t m = rows.begin; m < rows.end; ++m) {
+      const int64_t b = row_of(m);
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        const int64_t unit = block * kBlock, at = (d * in_.B + b) * in_.H + unit;
+        for (int s = 0; s < kStates; ++s) {
+          T* carry = carry_[d][s] + (block * in_.B + m) * kBlock;
+          for (int j = 0; j < kBlock; j += V::kLanes) {
+            const int lanes = int(min_of(int64_t(V::kLanes), in_.H - unit - j));
+            V value(T(0));
+            if (lanes > 0 && s == 0 && grad_.dh_n)
+              value = load_lanes(static_cast<const S*>(grad_.dh_n) + at + j, lanes);
+            if (lanes > 0 && s > 0 && grad_.dc_n) value = load_lanes(static_cast<const T*>(grad_.dc_n) + at + j, lanes);
+            value.store(carry + j);
+            if (lanes > 0 && plan_.length[m] == 0) store_initial(s, at + j, value, lanes);
+          }
+        }
+      }
+    }
+  }
+
+  void store_initial(int s, int64_t at, V value, int lanes) const {
+    if (s == 0) {
+      store_lanes(static_cast<S*>(grad_.dh0) + at, value, lanes);
+    } else {
+      store_lanes(static_cast<T*>(grad_.dc0) + at, value, lanes);
+    }
+  }
+
+  // One step back: rows that were alive in the step just done get dh through W_hh; those of them that are not alive at
+  // t have reached their beginning. t = -1: all have.
+  void run_step(int d, const Share& share, const Range& rows, const Range& blocks, int64_t t, int64_t chunk,
+                int64_t chunk_row, int64_t step, const T* done, int64_t done_rows, int64_t done_time) {
+    const int64_t alive = t < 0 ? 0 : rows_alive(plan_, rows, t);
+    const int64_t through = max_of(int64_t(0), min_of(done_rows, rows.end) - rows.begin), cut = half_cut(blocks_);
+    const int64_t count = max_of(alive, through);
+    bool waited = !share.unit_split || step == 0;
+    const auto wait = [&] {
+      if (!waited) wait_for_others(plan_, share, step);
+      waited = true;
+    };
+    const int own = blocks.begin == 0 && blocks.end >= cut ? 0 : blocks.begin <= cut && blocks.end == blocks_ ? 1 : -1;
+    const int64_t panel_blocks = count <= 3 ? kPanelBlocks : 4;
+    const int64_t panels = (blocks.end - blocks.begin + panel_blocks - 1) / panel_blocks;
+    for (int64_t i = 0; i < panels; ++i) {
+      const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * panel_blocks;
+      const int64_t panel = min_of(panel_blocks, blocks.end - begin);
+      for (int64_t m = 0; m < count; m += kPanelRows) {
+        const int64_t panel_rows = min_of(kPanelRows, count - m);
+        const int64_t product_rows = max_of(int64_t(0), min_of(panel_rows, through - m));
+        if (own < 0) wait();
+        for (int turn = 0; turn < 2; ++turn) {
+          const int half = own == 1 ? 1 - turn : turn;
+          if (turn == 1) wait();
+          if (product_rows > 0) multiply(d, done + (rows.begin + m) * kBlock, product_rows, begin, panel, half);
+        }
+        for (int64_t block = 0; block < panel; ++block) {
+          for (int64_t r = 0; r < panel_rows; ++r) {
+            const T* sums = m + r < through ? half_[0] + (block * product_rows + r) * kBlock : nullptr;
+            pointwise(d, rows.begin + m + r, begin + block, t, m + r < alive, chunk, chunk_row, sums, done_time);
+          }
+        }
+      }
+    }
+    wait();
+  }
+
+  // half_[half] = W_hh^T dgh for a panel of blocks, over the gates of one half of the units.
+  void multiply(int d, const T* dgh, int64_t rows, int64_t block, int64_t blocks, int half) {
+    const int64_t cut = half_cut(blocks_), first = half == 0 ? 0 : cut, last = half == 0 ? cut : blocks_;
+    for (int64_t k = first; k < last || k == first; k += kRunBlocks) {
+      gemm<T, 1>(rows, blocks,
+                 {dgh + k * kSlots * rows_stride_, kBlock, kBlock, 1, kGates, rows_stride_,
+                  int(min_of(kRunBlocks, last - k)), kSlots * rows_stride_},
+                 {w_hh_[d] + block * panel_stride_ + k * kGates * kBlock * kBlock, panel_stride_},
+                 {half_[half], rows * kBlock, k == first ? Start::zero : Start::add});
+    }
+  }
+
+  void pointwise(int d, int64_t m, int64_t block, int64_t t, bool alive, int64_t chunk, int64_t chunk_row,
+                 const T* sums, int64_t done_time) {
+    const int64_t b = row_of(m), H = in_.H, unit = block * kBlock, initial = (d * in_.B + b) * H + unit;
+    const int64_t at = ((t * in_.B + b) * in_.D + d) * H + unit;
+    const bool cut = sums && fresh(d, done_time, m);  // no gradient crosses a reset
+    // The state before step t: zero, the initial one, or that of the step before in this direction's order.
+    const bool zero_before = alive && fresh(d, t, m), initial_before = alive && !zero_before && first_step(d, t, m);
+    const int64_t before = d == 0 ? t - 1 : t + 1;
+    const S* h_before = initial_before ? static_cast<const S*>(in_.h0) + initial
+                                       : static_cast<const S*>(grad_.y) + ((before * in_.B + b) * in_.D + d) * H + unit;
+    const T* saved_row = saved(d, t, block, b);
+    const int64_t carry_at = (block * in_.B + m) * kBlock;
+    for (int j = 0; j < kBlock; j += V::kLanes) {
+      const int lanes = int(min_of(int64_t(V::kLanes), H - unit - j));
+      V dnext[kStates];
+      for (int s = 0; s < kStates; ++s) dnext[s] = V::load(carry_[d][s] + carry_at + j);
+      if (sums && !cut) {
+        dnext[0] = V::load(sums + j) + V::load(half_[1] + (sums - half_[0]) + j) + dnext[0];
+      }
+      if (!alive) {
+        for (int s = 0; s < kStates && lanes > 0; ++s)
+          store_initial(s, initial + j, dnext[s], min_of(lanes, V::kLanes));
+        continue;
+      }
+      T* gate_row = gates(d, chunk, block, 0) + (chunk_row + m) * kBlock + j;
+      if (lanes <= 0) {
+        for (int slot = 0; slot < kSlots; ++slot) V(T(0)).store(gate_row + slot * rows_stride_);
+        continue;
+      }
+      if (grad_.dy) dnext[0] = load_lanes(static_cast<const S*>(grad_.dy) + at + j, lanes) + dnext[0];
+      V state[kStates], kept[kSaved], dgx[kGates], dgh[kGates], dstate[kStates];
+      for (int k = 0; k < kSaved; ++k) kept[k] = V::load(saved_row + k * kBlock + j);
+      state[0] = zero_before ? V(T(0)) : load_lanes(h_before + j, lanes);
+      for (int s = 1; s < kStates; ++s) {
+        if (grad_.dc_all) dnext[s] = load_lanes(static_cast<const T*>(grad_.dc_all) + at + j, lanes) + dnext[s];
+        state[s] = zero_before      ? V(T(0))
+                   : initial_before ? load_lanes(static_cast<const T*>(in_.c0) + initial + j, lanes)
+                                    : V::load(saved(d, before, block, b) + (kSaved + s - 1) * kBlock + j);
+      }
+      Cell::backward(kept, state, dnext, dgx, dgh, dstate);
+      // Lanes past H would otherwise carry what a non-finite input left there into the products.
+      for (int g = 0; g < kGates; ++g) {
+        if (g >= kGates - kSplit) dgx[g].first(lanes).store(gate_row + (kSplit + g) * rows_stride_);
+        dgh[g].first(lanes).store(gate_row + slot_of_dgh(g) * rows_stride_);
+      }
+      for (int s = 0; s < kStates; ++s) {
+        (zero_before ? V(T(0)) : dstate[s]).store(carry_[d][s] + carry_at + j);
+      }
+    }
+  }
+
+  const T* saved(int d, int64_t t, int64_t block, int64_t b) const {
+    return static_cast<const T*>(grad_.saved) + (((d * in_.T + t) * blocks_ + block) * in_.B + b) * kSavedWidth;
+  }
+
+  // dx = W_ih^T dgx for chunk rows [rows.begin, rows.end).
+  void input_gradients(int d, const Range& rows, int64_t step, int64_t steps, int64_t chunk) {
+    const int64_t input_blocks = blocks_of(in_.I);
+    for (int64_t begin = 0; begin < input_blocks; begin += 4) {
+      const int64_t panel = min_of(int64_t(4), input_blocks - begin);
+      int64_t i = 0;
+      for (int64_t r = rows.begin; r < rows.end; r += kPanelRows) {
+        const int64_t count = min_of(kPanelRows, rows.end - r);
+        for (int64_t k = 0; k < blocks_; k += kRunBlocks) {
+          gemm<T, 1>(count, panel,
+                     {gates(d, chunk, k, kSplit) + r * kBlock, kBlock, kBlock, 1, kGates, rows_stride_,
+                      int(min_of(kRunBlocks, blocks_ - k)), kSlots * rows_stride_},
+                     {w_ih_[d] + begin * panel_stride_ + k * kGates * kBlock * kBlock, panel_stride_},
+                     {half_[0], count * kBlock, k == 0 ? Start::zero : Start::add});
+        }
+        for (int64_t row = r; row < r + count; ++row) {
+          while (i + 1 < steps && first_row_[i + 1] <= row) ++i;
+          const int64_t t = time_of(d, step + i), at = (t * in_.B + row_of(row - first_row_[i])) * in_.I;
+          for (int64_t block = 0; block < panel; ++block) {
+            const int64_t column = (begin + block) * kBlock, columns = min_of(int64_t(kBlock), in_.I - column);
+            const T* from = half_[0] + (block * count + row - r) * kBlock;
+            if (in_.D == 2) {
+              store_row<T>(from, dx_[d] + at + column, columns);
+            } else {
+              store_row<S>(from, static_cast<S*>(grad_.dx) + at + column, columns);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Both directions' parts of dx, and zeros past the rows' ends.
+  void finish_dx(int64_t begin, int64_t end) const {
+    for (int64_t m = 0; m < in_.B; ++m) {
+      const int64_t n = plan_.length[m];
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t at = (t * in_.B + row_of(m)) * in_.I;
+        S* dx = static_cast<S*>(grad_.dx) + at;
+        if (t >= n) {
+          memset(dx, 0, size_t(in_.I) * sizeof(S));
+        } else if (in_.D == 2) {
+          for (int64_t k = 0; k < in_.I; ++k) dx[k] = to_storage<S>(dx_[0][at + k] + dx_[1][at + k]);
+        }
+      }
+    }
+  }
+
+  // Rows of units of this member's blocks, for each gate.
+  template <class Body>
+  void for_each_gate(const Range& own, const Body& body) const {
+    const int64_t first = own.begin * kBlock, last = min_of(own.end * kBlock, in_.H);
+    for (int64_t gate = 0; gate < kGates && first < last; ++gate) body(gate * in_.H + first, last - first);
+  }
+
+  void clear_weights(int d, const Range& own) {
+    for_each_gate(own, [&](int64_t row, int64_t rows) {
+      memset(dw_ih_[d] + row * in_.I, 0, size_t(rows * in_.I) * sizeof(T));
+      memset(dw_hh_[d] + row * in_.H, 0, size_t(rows * in_.H) * sizeof(T));
+      if (db_ih_[d]) memset(db_ih_[d] + row, 0, size_t(rows) * sizeof(T));
+      if (db_hh_[d]) memset(db_hh_[d] + row, 0, size_t(rows) * sizeof(T));
+    });
+  }
+
+  // dW_hh += dgh^T h, dW_ih += dgx^T x, db += sums, for the units of this member's blocks.
+  void weight_gradients(int d, const Range& own, int64_t step, int64_t steps, int64_t chunk, int64_t count) {
+    for (int64_t block = own.begin; block < own.end; ++block) {
+      for (int gate = 0; gate < kGates; ++gate) {
+        add_bias(db_hh_[d], gates(d, chunk, block, slot_of_dgh(gate)), block, gate, count);
+        add_bias(db_ih_[d], gates(d, chunk, block, kSplit + gate), block, gate, count);
+      }
+    }
+    for (const bool hidden : {true, false}) {
+      const int64_t width = hidden ? in_.H : in_.I, panels = blocks_of(width);
+      for (int64_t panel = 0; panel < panels; panel += kWeightPanel) {
+        const int64_t blocks = min_of(int64_t(kWeightPanel), panels - panel);
+        for (int64_t i = 0; i < blocks; ++i) {
+          gather_columns(d, hidden, step, steps, (panel + i) * kBlock, columns_ + i * count * kBlock);
+        }
+        for (int64_t block = own.begin; block < own.end; ++block) {
+          const int64_t units = min_of(int64_t(kBlock), in_.H - block * kBlock);
+          for (int gate = 0; gate < kGates; ++gate) {
+            const int slot = hidden ? slot_of_dgh(gate) : kSplit + gate;
+            gemm_transposed<T>(units, blocks, {gates(d, chunk, block, slot), 1, int(count), kBlock},
+                               {columns_, count * kBlock}, {half_[0], kBlock * kBlock, Start::zero});
+            for (int64_t i = 0; i < blocks; ++i) {
+              const int64_t column = (panel + i) * kBlock;
+              T* dw = (hidden ? dw_hh_[d] : dw_ih_[d]) + (gate * in_.H + block * kBlock) * width + column;
+              add_square(half_[0] + i * kBlock * kBlock, dw, width, units, min_of(int64_t(kBlock), width - column));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  static void add_square(const T* from, T* to, int64_t stride, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int j = 0; j < kBlock; j += V::kLanes) {
+        const int lanes = int(min_of(int64_t(V::kLanes), columns - j));
+        if (lanes > 0)
+          store_lanes(to + r * stride + j, load_lanes(to + r * stride + j, lanes) + V::load(from + r * kBlock + j),
+                      lanes);
+      }
+    }
+  }
+
+  void add_bias(T* db, const T* rows, int64_t block, int gate, int64_t count) const {
+    if (!db) return;
+    for (int j = 0; j < kBlock; j += V::kLanes) {
+      const int lanes = int(min_of(int64_t(V::kLanes), in_.H - block * kBlock - j));
+      if (lanes <= 0) return;
+      V sum(T(0));
+      for (int64_t r = 0; r < count; ++r) sum = sum + V::load(rows + r * kBlock + j);
+      T* to = db + gate * in_.H + block * kBlock + j;
+      store_lanes(to, load_lanes(to, lanes) + sum, lanes);
+    }
+  }
+
+  // Sixteen columns of the chunk's inputs (x, or h before each step), [chunk row][16].
+  void gather_columns(int d, bool hidden, int64_t step, int64_t steps, int64_t column, T* to) const {
+    const int64_t width = hidden ? in_.H : in_.I;
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t t = time_of(d, step + i), before = d == 0 ? t - 1 : t + 1;
+      for (int64_t m = 0; m < plan_.alive[t]; ++m, to += kBlock) {
+        const int64_t b = row_of(m);
+        const S* from;
+        if (!hidden) {
+          from = static_cast<const S*>(in_.x) + t * in_.x_time + b * in_.x_batch;
+        } else if (fresh(d, t, m)) {
+          memset(to, 0, kBlock * sizeof(T));
+          continue;
+        } else if (first_step(d, t, m)) {
+          from = static_cast<const S*>(in_.h0) + (d * in_.B + b) * in_.H;
+        } else {
+          from = static_cast<const S*>(grad_.y) + ((before * in_.B + b) * in_.D + d) * in_.H;
+        }
+        for (int j = 0; j < kBlock; j += V::kLanes) {
+          const int lanes = int(min_of(int64_t(V::kLanes), width - column - j));
+          (lanes > 0 ? load_lanes(from + column + j, lanes) : V(T(0))).store(to + j);
+        }
+      }
+    }
+  }
+
+  void finish_weights() const {
+    const int64_t rows = kGates * in_.H;
+    for (int d = 0; d < in_.D; ++d) {
+      const LayerGradients::Weights& out = grad_.weights[d];
+      store_row<S>(dw_ih_[d], static_cast<S*>(out.dw_ih), rows * in_.I);
+      store_row<S>(dw_hh_[d], static_cast<S*>(out.dw_hh), rows * in_.H);
+      if (out.db_ih) store_row<S>(db_ih_[d], static_cast<S*>(out.db_ih), rows);
+      if (out.db_hh) store_row<S>(db_hh_[d], static_cast<S*>(out.db_hh), rows);
+    }
+  }
+
+  const LayerPlan& plan_;
+  const LayerInputs& in_;
+  const LayerGradients& grad_;
+  const int64_t blocks_;
+  int64_t panel_stride_, chunk_, rows_stride_;
+  T *w_hh_[2], *w_ih_[2];  // [direction]: transposed weights [column block][unit block][slot][16 units][16]
+  T* gates_[2][2];         // [direction][chunk & 1]: gate gradients [unit block][slot][chunk row][16]
+  T* carry_[2][kStates];   // [direction][state]: gradient that bypasses W_hh, [block][row][16]
+  T* dx_[2];               // [direction]: [T][B][I], for two directions
+  T *dw_ih_[2], *dw_hh_[2], *db_ih_[2], *db_hh_[2];
+  T *half_[2], *columns_;  // own scratch: [panel block][panel row][16], [block][chunk row][16]
+  int64_t* first_row_;     // [chunk step] its first chunk row
+  size_t bytes_ = 0;
+};
+
+}  // namespace rnnkern::RNNKERN_ISA

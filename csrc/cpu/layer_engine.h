@@ -1,0 +1,157 @@
+// What forward and backward share: how a team divides a layer, and the packed weights.
+//
+// A team divides a layer first by direction, then
+//   batch-split   by rows: each member runs its rows through all steps, alone;
+//   unit-split    by hidden units (few rows): each member's weights stay in its cache; a flag per step passes h on.
+// Both are the same code over a range of rows and a range of unit blocks, with or without flags. Rows are sorted by
+// length, so that the rows still alive are always the first ones.
+//
+// Canonical order of summation (results are bitwise the same for any team, batch around a row, or cut of a sequence):
+// a product over hidden units is cut in two at a unit block (half_cut); each half, and the product over the inputs, is
+// summed in runs of kRun, each run one chain of multiply-adds in order; runs are added in order, then the halves.
+#pragma once
+
+#include "cpu/convert.h"
+#include "cpu/gemm.h"
+#include "cpu/layer_kernels.h"
+#include "cpu/math.h"
+#include "cpu/workspace.h"
+
+namespace rnnkern::RNNKERN_ISA {
+
+constexpr int64_t kRun = 256;           // longest chain of additions: keeps the rounding error below torch's
+constexpr int64_t kBatchSplitRows = 8;  // rows per member above which the batch is split
+
+RNNKERN_FN int64_t blocks_of(int64_t units) { return (units + kBlock - 1) / kBlock; }
+RNNKERN_FN int64_t half_cut(int64_t blocks) { return blocks / 2; }
+
+struct Range {
+  int64_t begin, end;
+};
+
+// A member's part of the team's work.
+struct Share {
+  int first_direction, last_direction;  // [first, last)
+  int index, size;                      // within the members of this direction
+  int base;                             // the team's number of the first of them
+  bool unit_split;
+};
+
+RNNKERN_FN Share share_of(const LayerPlan& plan, const Member& member) {
+  const LayerInputs& in = *plan.in;
+  Share share{0, in.D, member.index, member.size, 0, false};
+  if (in.D == 2 && member.size >= 2) {
+    const int half = member.size / 2;
+    const bool second = member.index >= half;
+    share = second ? Share{1, 2, member.index - half, member.size - half, half, false}
+                   : Share{0, 1, member.index, half, 0, false};
+  }
+  share.unit_split = share.size > 1 && in.B <= kBatchSplitRows * share.size;
+  return share;
+}
+
+// Rows of a member: a run of the sorted rows, so cut that all members have about the same number of steps to do.
+RNNKERN_FN Range rows_of(const LayerPlan& plan, const Share& share) {
+  const int64_t B = plan.in->B;
+  if (share.unit_split || share.size == 1) return {0, B};
+  if (!plan.in->lengths) return {B * share.index / share.size, B * (share.index + 1) / share.size};
+  int64_t total = 0;
+  for (int64_t b = 0; b < B; ++b) total += plan.length[b];
+  Range rows{0, 0};
+  int64_t sum = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    if (sum * share.size < total * share.index) rows.begin = b + 1;
+    if (sum * share.size < total * (share.index + 1)) rows.end = b + 1;
+    sum += plan.length[b];
+  }
+  if (share.index + 1 == share.size) rows.end = B;  // rows without steps
+  if (share.index == 0) rows.begin = 0;
+  return rows;
+}
+RNNKERN_FN Range blocks_of(const LayerPlan& plan, const Share& share) {
+  const int64_t blocks = blocks_of(plan.in->H);
+  if (!share.unit_split) return {0, blocks};
+  return {blocks * share.index / share.size, blocks * (share.index + 1) / share.size};
+}
+// An even part of [0, count) for a member, whatever the engine.
+RNNKERN_FN Range part_of(int64_t count, const Share& share) {
+  return {count * share.index / share.size, count * (share.index + 1) / share.size};
+}
+
+RNNKERN_FN int64_t rows_alive(const LayerPlan& plan, const Range& rows, int64_t t) {
+  return max_of(int64_t(0), min_of(int64_t(plan.alive[t]), rows.end) - rows.begin);
+}
+
+RNNKERN_FN bool reset_at(const LayerInputs& in, int64_t t, int64_t b) { return in.resets && in.resets[t * in.B + b]; }
+
+// Whether the state of row b (of length n) is zero again before step t. The reverse direction runs the same episodes.
+RNNKERN_FN bool fresh_state(const LayerInputs& in, int d, int64_t t, int64_t b, int64_t n) {
+  return d == 0 ? reset_at(in, t, b) : t + 1 < n && reset_at(in, t + 1, b);
+}
+
+RNNKERN_FN void wait_for_others(const LayerPlan& plan, const Share& share, int64_t value) {
+  for (int i = 0; i < share.size; ++i) {
+    if (i != share.index) plan.flags[share.base + i].wait(value);
+  }
+}
+
+// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16], both biases
+// [block][G][16]. Units past H are zero.
+template <class T>
+struct Packed {
+  T *w_ih, *w_hh, *b_ih, *b_hh;
+  int64_t size;
+  RNNKERN_FN Packed(void* base, const LayerInputs& in, int gates, int d) {
+    const int64_t width = blocks_of(in.H) * gates * kBlock;
+    size = width * (in.I + in.H + 2);
+    w_ih = static_cast<T*>(base) + d * size;
+    w_hh = w_ih + width * in.I;
+    b_ih = w_hh + width * in.H;
+    b_hh = b_ih + width;
+  }
+};
+
+// from: S [G*H, K] -> to: T [block][K][G][16], for one block. Goes in small squares, to touch each cache line once.
+template <class S, class T>
+void pack_block(const S* from, T* to, int gates, int64_t H, int64_t K, int64_t block) {
+  constexpr int64_t kSquare = 16;
+  const int64_t units = min_of(int64_t(kBlock), H - block * kBlock), width = gates * kBlock;
+  for (int64_t k0 = 0; k0 < K; k0 += kSquare) {
+    const int64_t k1 = min_of(K, k0 + kSquare);
+    for (int g = 0; g < gates; ++g) {
+      for (int64_t j = 0; j < kBlock; ++j) {
+        T* column = to + g * kBlock + j;
+        const S* row = from + (g * H + block * kBlock + j) * K;
+        if (j < units) {
+          for (int64_t k = k0; k < k1; ++k) column[k * width] = to_compute(row[k]);
+        } else {
+          for (int64_t k = k0; k < k1; ++k) column[k * width] = T(0);
+        }
+      }
+    }
+  }
+}
+
+template <class S>
+void pack_layer_blocks(const LayerInputs& in, int gates, int d, int64_t begin, int64_t end, void* packed) {
+  using T = Compute<S>;
+  const Packed<T> to(packed, in, gates, d);
+  const LayerWeights& from = in.weights[d];
+  const int64_t width = int64_t(gates) * kBlock;
+  for (int64_t block = begin; block < end; ++block) {
+    pack_block(static_cast<const S*>(from.w_ih), to.w_ih + block * in.I * width, gates, in.H, in.I, block);
+    pack_block(static_cast<const S*>(from.w_hh), to.w_hh + block * in.H * width, gates, in.H, in.H, block);
+    const void* biases[2] = {from.b_ih, from.b_hh};
+    T* packed_biases[2] = {to.b_ih, to.b_hh};
+    for (int i = 0; i < 2; ++i) {
+      T* bias = packed_biases[i] + block * width;
+      if (biases[i]) {
+        pack_block(static_cast<const S*>(biases[i]), bias, gates, in.H, 1, block);
+      } else {
+        memset(bias, 0, size_t(width) * sizeof(T));
+      }
+    }
+  }
+}
+
+}  // namespace rnnkern::RNNKERN_ISA

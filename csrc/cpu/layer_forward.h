@@ -1,0 +1,242 @@
+// Forward of one layer: project a chunk of steps, then run them; see layer_engine.h for who does what.
+//
+// Per step and group of unit blocks: the two halves of W_hh h as raw sums in a scratch panel that stays in the L1
+// cache, then the cell's pointwise part over the panel. Everything per unit is stored in blocks of 16 units,
+// [block][row][gate][16], which is the order in which it is read again.
+#pragma once
+
+#include "cpu/layer_engine.h"
+
+namespace rnnkern::RNNKERN_ISA {
+
+template <class Cell, class S>
+class Forward {
+  using T = Compute<S>;
+  using V = Vec<T>;
+  static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
+  static constexpr int kWidth = kGates * kBlock;
+  static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
+  static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8;
+
+ public:
+  static size_t bytes(const LayerPlan& plan) { return Forward(plan, LayerOutputs{}, nullptr, -1).bytes_; }
+
+  static void run(const LayerPlan& plan, const LayerOutputs& out, const Member& member) {
+    const Share share = share_of(plan, member);
+    Forward engine(plan, out, plan.workspace, member.index);
+    for (int d = share.first_direction; d < share.last_direction; ++d) engine.run_direction(d, share);
+  }
+
+ private:
+  // The workspace: states that all members see, then each member's scratch. A null workspace only counts the bytes.
+  Forward(const LayerPlan& plan, const LayerOutputs& out, void* workspace, int member)
+      : plan_(plan), in_(*plan.in), out_(out), blocks_(blocks_of(plan.in->H)) {
+    Arena arena(workspace);
+    row_stride_ = blocks_ * kBlock + kBlock;  // whole cache lines, and seldom a power of two
+    for (int d = 0; d < in_.D; ++d) {
+      for (T*& h : h_[d]) h = arena.take<T>(size_t(in_.B * row_stride_));
+      for (int s = 1; s < kStates; ++s) state_[d][s] = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
+    }
+    // Steps whose inputs are projected together: enough rows to stream the weights as fast as they are multiplied.
+    const bool beyond_cache = in_.H * in_.I * kGates * int64_t(sizeof(T)) > int64_t(4) << 20;
+    const int64_t rows = in_.B > kBatchSplitRows * plan.members ? in_.B / plan.members : in_.B;
+    chunk_ = max_of(int64_t(1), min_of(plan.steps, (beyond_cache ? 384 : 128) / max_of(int64_t(1), rows)));
+    const int64_t chunk_rows = chunk_ * in_.B;  // a member may have all rows of a step
+    for (int i = 0; i < plan.members; ++i) {
+      T* x = arena.take<T>(size_t(chunk_rows * in_.I));
+      T* gx = arena.take<T>(size_t(blocks_ * chunk_rows * kWidth));
+      T* half0 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
+      T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
+      int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
+      if (i == member) {
+        x_ = x;
+        gx_ = gx;
+        half_[0] = half0;
+        half_[1] = half1;
+        first_row_ = first_row;
+      }
+    }
+    bytes_ = arena.used();
+  }
+
+  int64_t time_of(int d, int64_t step) const { return d == 0 ? step : plan_.steps - 1 - step; }
+  int64_t row_of(int64_t m) const { return plan_.order[m]; }
+
+  void run_direction(int d, const Share& share) {
+    const Range rows = rows_of(plan_, share), blocks = blocks_of(plan_, share);
+    const Packed<T> weights(plan_.packed, in_, kGates, d);
+    start(d, rows, blocks);
+    if (share.unit_split) plan_.flags[share.base + share.index].raise(1);
+    for (int64_t step = 0; step < plan_.steps; step += chunk_) {
+      const int64_t steps = min_of(chunk_, plan_.steps - step);
+      project(d, weights, rows, blocks, step, steps);
+      for (int64_t i = 0; i < steps; ++i) {
+        run_step(d, share, weights, rows, blocks, step + i, first_row_[i]);
+        if (share.unit_split) plan_.flags[share.base + share.index].raise(step + i + 2);
+      }
+    }
+  }
+
+  // Initial states, final states of rows without steps, and zeros past each row's end.
+  void start(int d, const Range& rows, const Range& blocks) {
+    const int64_t H = in_.H, unit = blocks.begin * kBlock,
+                  units = max_of(int64_t(0), min_of(blocks.end * kBlock, H) - unit);
+    for (int64_t m = rows.begin; m < rows.end; ++m) {
+      const int64_t b = row_of(m), from = (d * in_.B + b) * H + unit;
+      const S* h0 = static_cast<const S*>(in_.h0) + from;
+      if (plan_.length[m] == 0) memcpy(static_cast<S*>(out_.h_n) + from, h0, size_t(units) * sizeof(S));
+      const bool fresh = d == 0 && reset_at(in_, 0, b);
+      for (T* buffer : h_[d]) {  // the reverse direction starts its rows at different steps: either buffer may be read
+        T* h = buffer + m * row_stride_ + unit;
+        load_row(h0, h, units);
+        for (int64_t j = fresh ? 0 : units; j < (blocks.end - blocks.begin) * kBlock; ++j) h[j] = T(0);
+      }
+      for (int s = 1; s < kStates; ++s) {
+        const T* c0 = static_cast<const T*>(in_.c0) + from;
+        if (plan_.length[m] == 0) memcpy(static_cast<T*>(out_.c_n) + from, c0, size_t(units) * sizeof(T));
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+          T* c = state_[d][s] + (block * in_.B + m) * kBlock;
+          for (int64_t j = 0; j < kBlock; ++j) {
+            const int64_t u = (block - blocks.begin) * kBlock + j;
+            c[j] = fresh || u >= units ? T(0) : c0[u];
+          }
+        }
+      }
+      for (int64_t t = plan_.length[m]; t < in_.T; ++t) {
+        const int64_t at = ((t * in_.B + b) * in_.D + d) * H + unit;
+        memset(static_cast<S*>(out_.y) + at, 0, size_t(units) * sizeof(S));
+        if (out_.c_all) memset(static_cast<T*>(out_.c_all) + at, 0, size_t(units) * sizeof(T));
+      }
+    }
+  }
+
+  // gx = W_ih x + b_ih for the rows alive in steps [step, step + steps).
+  void project(int d, const Packed<T>& weights, const Range& rows, const Range& blocks, int64_t step, int64_t steps) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < steps; ++i) {
+      const int64_t t = time_of(d, step + i), alive = rows_alive(plan_, rows, t);
+      first_row_[i] = count;
+      for (int64_t m = 0; m < alive; ++m) {
+        const S* x = static_cast<const S*>(in_.x) + t * in_.x_time + row_of(rows.begin + m) * in_.x_batch;
+        load_row(x, x_ + (count + m) * in_.I, in_.I);
+      }
+      count += alive;
+    }
+    gx_stride_ = count * kWidth;
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {  // a block's weights stay in the cache
+      T* gx = gx_ + (block - blocks.begin) * gx_stride_;
+      const T* bias = weights.b_ih + block * kWidth;
+      for (int64_t k = 0; k < in_.I || k == 0; k += kRun) {
+        gemm<T, kGates>(count, 1, {x_ + k, in_.I, int(min_of(kRun, in_.I - k))},
+                        {weights.w_ih + (block * in_.I + k) * kWidth, 0},
+                        {gx, gx_stride_, k == 0 ? Start::bias : Start::add, bias});
+      }
+    }
+  }
+
+  void run_step(int d, const Share& share, const Packed<T>& weights, const Range& rows, const Range& blocks,
+                int64_t step, int64_t chunk_row) {
+    const int64_t t = time_of(d, step), alive = rows_alive(plan_, rows, t), cut = half_cut(blocks_);
+    const T* h = h_[d][step & 1] + rows.begin * row_stride_;
+    bool waited = !share.unit_split;
+    const auto wait = [&] {
+      if (!waited) wait_for_others(plan_, share, step + 1);
+      waited = true;
+    };
+    // The half whose h this member made itself can be multiplied before the others are ready.
+    const int own = blocks.begin == 0 && blocks.end >= cut ? 0 : blocks.begin <= cut && blocks.end == blocks_ ? 1 : -1;
+    const int64_t panel_blocks = alive <= 3 ? kPanelBlocks : kGates == 1 ? 4 : 1;
+    const int64_t panels = (blocks.end - blocks.begin + panel_blocks - 1) / panel_blocks;
+    for (int64_t i = 0; i < panels; ++i) {
+      // Back and forth, so that what is left in the cache from the last step is used first.
+      const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * panel_blocks;
+      const int64_t count = min_of(panel_blocks, blocks.end - begin);
+      for (int64_t m = 0; m < alive; m += kPanelRows) {
+        const int64_t panel_rows = min_of(kPanelRows, alive - m);
+        if (own < 0) wait();
+        for (int turn = 0; turn < 2; ++turn) {
+          const int half = own == 1 ? 1 - turn : turn;
+          if (turn == 1) wait();
+          multiply(weights, h + m * row_stride_, panel_rows, begin, count, half);
+        }
+        for (int64_t block = 0; block < count; ++block) {
+          pointwise(d, weights, rows.begin + m, panel_rows, step, t, begin + block, block * panel_rows * kWidth,
+                    gx_ + (begin + block - blocks.begin) * gx_stride_ + (chunk_row + m) * kWidth);
+        }
+      }
+    }
+    wait();
+  }
+
+  // half_[half] = W_hh h over the units of one half.
+  void multiply(const Packed<T>& weights, const T* h, int64_t rows, int64_t block, int64_t blocks, int half) {
+    const int64_t cut = half_cut(blocks_) * kBlock;
+    const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : in_.H, block_stride = in_.H * kWidth;
+    for (int64_t k = first; k < last || k == first; k += kRun) {
+      gemm<T, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
+                      {weights.w_hh + block * block_stride + k * kWidth, block_stride},
+                      {half_[half], rows * kWidth, k == first ? Start::zero : Start::add});
+    }
+  }
+
+  // The cell over one unit block of rows [row, row + count); sums at half_[.] + panel, gx its first row.
+  void pointwise(int d, const Packed<T>& weights, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block,
+                 int64_t panel, const T* gx_rows) {
+    const int64_t H = in_.H, unit = block * kBlock;
+    const T* h = h_[d][step & 1] + unit;
+    T* h_next = h_[d][~step & 1] + unit;
+    const T* bias = weights.b_hh + block * kWidth;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t m = row + i, b = row_of(m), n = plan_.length[m];
+      const bool last = d == 0 ? t + 1 == n : t == 0;
+      const bool fresh = !last && fresh_state(in_, d, d == 0 ? t + 1 : t - 1, b, n);
+      const T *gx_row = gx_rows + i * kWidth, *sum0 = half_[0] + panel + i * kWidth,
+              *sum1 = half_[1] + panel + i * kWidth;
+      const int64_t out_at = ((t * in_.B + b) * in_.D + d) * H + unit, final_at = (d * in_.B + b) * H + unit;
+      T* saved_row = out_.saved
+                         ? static_cast<T*>(out_.saved) + (((d * in_.T + t) * blocks_ + block) * in_.B + b) * kSavedWidth
+                         : nullptr;
+      for (int j = 0; j < kBlock; j += V::kLanes) {
+        const int lanes = int(min_of(int64_t(V::kLanes), H - unit - j));
+        if (lanes <= 0) break;
+        V gx[kGates], gh[kGates], state[kStates], next[kStates], saved[kSaved];
+        RNNKERN_UNROLL
+        for (int g = 0; g < kGates; ++g) {
+          const int at = g * kBlock + j;
+          gx[g] = V::load(gx_row + at);
+          gh[g] = V::load(sum0 + at) + V::load(sum1 + at) + V::load(bias + at);
+        }
+        state[0] = V::load(h + m * row_stride_ + j);
+        for (int s = 1; s < kStates; ++s) state[s] = V::load(state_[d][s] + (block * in_.B + m) * kBlock + j);
+        Cell::forward(gx, gh, state, next, saved);
+        next[0] = store_lanes(static_cast<S*>(out_.y) + out_at + j, next[0], lanes);
+        (fresh ? V(T(0)) : next[0]).store(h_next + m * row_stride_ + j);
+        if (last) store_lanes(static_cast<S*>(out_.h_n) + final_at + j, next[0], lanes);
+        for (int s = 1; s < kStates; ++s) {
+          (fresh ? V(T(0)) : next[s]).store(state_[d][s] + (block * in_.B + m) * kBlock + j);
+          if (last) next[s].store_n(static_cast<T*>(out_.c_n) + final_at + j, lanes);
+          if (out_.c_all) next[s].store_n(static_cast<T*>(out_.c_all) + out_at + j, lanes);
+        }
+        if (saved_row) {
+          for (int k = 0; k < kSaved; ++k) saved[k].store(saved_row + k * kBlock + j);
+          for (int s = 1; s < kStates; ++s) next[s].store(saved_row + (kSaved + s - 1) * kBlock + j);
+        }
+      }
+    }
+  }
+
+  const LayerPlan& plan_;
+  const LayerInputs& in_;
+  const LayerOutputs& out_;
+  const int64_t blocks_;
+  int64_t row_stride_, chunk_;
+  T* h_[2][2];            // [direction][step & 1]: [row][row_stride_]
+  T* state_[2][kStates];  // [direction][state]: [block][row][16]; the first is unused
+  T *x_, *gx_,
+      *half_[2];        // own scratch: [chunk row][I], [block][chunk row][gate][16], [panel block][panel row][gate][16]
+  int64_t* first_row_;  // [chunk step] its first chunk row
+  int64_t gx_stride_ = 0;  // elements of a block of gx_
+  size_t bytes_ = 0;
+};
+
+}  // namespace rnnkern::RNNKERN_ISA

@@ -1,0 +1,46 @@
+// rnnkern._C: build info, instruction set, cell traits. Tensors go through the operators, not through here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/layer.h"
+#include "rnnkern_lists.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "rnnkern's native side: build info, instruction set, cell traits";
+  m.def("supported_isas", &rnnkern::supported_isas,
+        "Instruction sets that were built and that this CPU has, best last");
+  m.def("get_isa", [] { return std::string(rnnkern::isa_name(rnnkern::current_isa())); }, "The instruction set in use");
+  m.def("set_isa", &rnnkern::set_isa, py::arg("name"), "Use this instruction set from now on");
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["version"] = RNNKERN_VERSION;
+        info["compiler"] = std::string("g++ ") + __VERSION__;
+#ifdef __OPTIMIZE__
+        info["optimized"] = true;
+#else
+        info["optimized"] = false;
+#endif
+        return info;
+      },
+      "Version and compiler of the build");
+  m.def(
+      "cell_traits",
+      [] {
+        py::dict traits;
+        for (const rnnkern::CellTraits& cell : rnnkern::cell_traits()) {
+          py::dict entry;
+          entry["gates"] = cell.gates;
+          entry["states"] = cell.states;
+          entry["saved"] = cell.saved;
+          entry["split_gates"] = cell.split_gates;
+          traits[py::str(cell.name)] = entry;
+        }
+        return traits;
+      },
+      "What each built cell declares in csrc/cells");
+}

@@ -1,0 +1,214 @@
+// The recurrent layer's operators: schemas, and what turns tensors into pointers. Shapes are checked in Python, once;
+// here only what would read or write out of bounds.
+#include <string>
+
+#include "cpu/layer.h"
+#include "torch/tensors.h"
+
+namespace rnnkern {
+namespace {
+
+// The arguments that all operators share, made contiguous and kept alive for the call.
+struct LayerArguments {
+  LayerArguments(const std::string& cell_name, const Tensor& x_, const Tensor& h0_, const OptionalTensor& c0_,
+                 const std::vector<OptionalTensor>& weights_, const OptionalTensor& lengths_,
+                 const OptionalTensor& resets_)
+      : cell(find_cell(cell_name)),
+        x(x_.size(2) <= 1 || x_.stride(2) == 1 ? x_ : torch::stable::contiguous(x_)),
+        h0(make_contiguous(h0_)),
+        c0(make_contiguous(c0_)),
+        lengths(make_contiguous(lengths_)),
+        resets(make_contiguous(resets_)) {
+    for (const OptionalTensor& weight : weights_) weights.push_back(make_contiguous(weight));
+    in.dtype = dtype_of(x);
+    in.T = x.size(0);
+    in.B = x.size(1);
+    in.I = x.size(2);
+    in.D = weights[4].has_value() ? 2 : 1;
+    in.H = h0.size(2);
+    in.x = x.const_data_ptr();
+    in.x_time = x.stride(0);
+    in.x_batch = x.stride(1);
+    in.h0 = h0.const_data_ptr();
+    in.c0 = data_or_null(c0);
+    in.lengths = static_cast<const int64_t*>(data_or_null(lengths));
+    in.resets = static_cast<const uint8_t*>(data_or_null(resets));
+    const int64_t rows = cell_traits()[cell].gates * in.H;
+    for (int d = 0; d < in.D; ++d) {
+      for (int i = 0; i < 4; ++i) {
+        const OptionalTensor& w = weights[4 * d + i];
+        STD_TORCH_CHECK(w.has_value() || i >= 2, "rnnkern::layer: a weight matrix is missing");
+        if (!w.has_value()) continue;
+        const int64_t expected = i == 0 ? rows * in.I : i == 1 ? rows * in.H : rows;
+        STD_TORCH_CHECK(w->numel() == expected && dtype_of(*w) == in.dtype, "rnnkern::layer: weight ", i,
+                        " of direction ", d, " does not fit the input and hidden size");
+      }
+      in.weights[d] = {data_or_null(weights[4 * d]), data_or_null(weights[4 * d + 1]), data_or_null(weights[4 * d + 2]),
+                       data_or_null(weights[4 * d + 3])};
+    }
+    const int64_t states = in.D * in.B * in.H;
+    STD_TORCH_CHECK(h0.numel() == states && dtype_of(h0) == in.dtype,
+                    "rnnkern::layer: h0 does not fit x and the weights");
+    STD_TORCH_CHECK((cell_traits()[cell].states > 1) == c0.has_value(),
+                    "rnnkern::layer: c0 is given for cells of two states");
+    STD_TORCH_CHECK(!c0.has_value() || (c0->numel() == states && c0->scalar_type() == compute_type(in.dtype)),
+                    "rnnkern::layer: c0 does not fit x and the weights");
+    STD_TORCH_CHECK(!resets.has_value() || resets->numel() == in.T * in.B, "rnnkern::layer: resets must be [T, B]");
+    STD_TORCH_CHECK(!lengths.has_value() || lengths->numel() == in.B, "rnnkern::layer: lengths must be [B]");
+    for (int64_t b = 0; lengths.has_value() && b < in.B; ++b) {
+      STD_TORCH_CHECK(in.lengths[b] >= 0 && in.lengths[b] <= in.T, "rnnkern::layer: lengths must lie in 0..", in.T);
+    }
+  }
+  bool two_states() const { return c0.has_value(); }
+
+  const int cell;
+  const Tensor x, h0;
+  const OptionalTensor c0, lengths, resets;
+  std::vector<OptionalTensor> weights;
+  LayerInputs in{};
+};
+
+struct LayerResults {
+  Tensor y, h_n, c_n, c_all, saved;
+};
+
+LayerResults run_forward(LayerArguments& args, bool return_states, bool save) {
+  const LayerInputs& in = args.in;
+  const ScalarType compute = compute_type(in.dtype);
+  const std::vector<int64_t> none = {0}, states = {in.D, in.B, in.H}, sequence = {in.T, in.B, in.D * in.H};
+  const bool all = return_states && args.two_states();
+  LayerResults out{make_empty(args.x, sequence), make_empty(args.x, states),
+                   make_empty(args.x, args.two_states() ? states : none, compute),
+                   make_empty(args.x, all ? sequence : none, compute),
+                   make_empty(args.x, save ? std::vector<int64_t>{saved_size(args.cell, in)} : none, compute)};
+  layer_forward(
+      args.cell, in,
+      {out.y.mutable_data_ptr(), out.h_n.mutable_data_ptr(), args.two_states() ? out.c_n.mutable_data_ptr() : nullptr,
+       all ? out.c_all.mutable_data_ptr() : nullptr, save ? out.saved.mutable_data_ptr() : nullptr},
+      torch_threads());
+  return out;
+}
+
+#define RNNKERN_WEIGHT_ARGUMENTS                                                                   \
+  Tensor w_ih, Tensor w_hh, OptionalTensor b_ih, OptionalTensor b_hh, OptionalTensor w_ih_reverse, \
+      OptionalTensor w_hh_reverse, OptionalTensor b_ih_reverse, OptionalTensor b_hh_reverse
+#define RNNKERN_WEIGHTS {w_ih, w_hh, b_ih, b_hh, w_ih_reverse, w_hh_reverse, b_ih_reverse, b_hh_reverse}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(std::string cell, Tensor x, Tensor h0, OptionalTensor c0,
+                                                         RNNKERN_WEIGHT_ARGUMENTS, OptionalTensor lengths,
+                                                         OptionalTensor resets, bool return_states) {
+  LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
+  LayerResults out = run_forward(args, return_states, true);
+  return {out.y, out.h_n, out.c_n, out.c_all, out.saved};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_inference(std::string cell, Tensor x, Tensor h0, OptionalTensor c0,
+                                                           RNNKERN_WEIGHT_ARGUMENTS, OptionalTensor lengths,
+                                                           OptionalTensor resets, bool return_states,
+                                                           OptionalTensor packed) {
+  LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
+  if (packed.has_value() && packed->scalar_type() == compute_type(args.in.dtype) &&
+      packed->numel() == packed_size(args.cell, args.in)) {
+    args.in.packed = packed->const_data_ptr();
+  }
+  LayerResults out = run_forward(args, return_states, false);
+  return {out.y, out.h_n, out.c_n, out.c_all};
+}
+
+Tensor pack(std::string cell, RNNKERN_WEIGHT_ARGUMENTS) {
+  const int64_t H = w_hh.size(1);
+  const Tensor x = make_empty(w_ih, {0, 0, w_ih.size(1)});
+  const Tensor h0 = make_empty(w_ih, {w_ih_reverse.has_value() ? 2 : 1, 0, H});
+  OptionalTensor c0;
+  if (cell_traits()[find_cell(cell)].states > 1) c0 = make_empty(h0, {h0.size(0), 0, H}, compute_type(dtype_of(x)));
+  const LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, std::nullopt, std::nullopt);
+  Tensor packed = make_empty(x, {packed_size(args.cell, args.in)}, compute_type(args.in.dtype));
+  pack_layer(args.cell, args.in, packed.mutable_data_ptr(), torch_threads());
+  return packed;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
+                            OptionalTensor dc_all, Tensor x, Tensor h0, OptionalTensor c0, RNNKERN_WEIGHT_ARGUMENTS,
+                            OptionalTensor lengths, OptionalTensor resets, Tensor y, Tensor saved, bool need_dx,
+                            bool need_dw) {
+  LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
+  const LayerInputs& in = args.in;
+  const ScalarType compute = compute_type(in.dtype);
+  const std::vector<int64_t> none = {0}, states = {in.D, in.B, in.H};
+  const int64_t rows = cell_traits()[args.cell].gates * in.H;
+  dy = make_contiguous(dy);
+  dh_n = make_contiguous(dh_n);
+  dc_n = make_contiguous(dc_n);
+  dc_all = make_contiguous(dc_all);
+  y = make_contiguous(y);
+  STD_TORCH_CHECK(y.numel() == in.T * in.B * in.D * in.H && saved.numel() == saved_size(args.cell, in),
+                  "rnnkern::layer_backward: y and saved must be those of the forward call");
+  for (const OptionalTensor* sequence : {&dy, &dc_all}) {
+    STD_TORCH_CHECK(!sequence->has_value() || (*sequence)->numel() == y.numel(),
+                    "rnnkern::layer_backward: a gradient does not have the shape of y");
+  }
+  for (const OptionalTensor* state : {&dh_n, &dc_n}) {
+    STD_TORCH_CHECK(!state->has_value() || (*state)->numel() == in.D * in.B * in.H,
+                    "rnnkern::layer_backward: a gradient does not have the shape of h_n");
+  }
+  Tensor dx = make_empty(args.x, need_dx ? std::vector<int64_t>{in.T, in.B, in.I} : none);
+  Tensor dh0 = make_empty(args.x, states), dc0 = make_empty(args.x, args.two_states() ? states : none, compute);
+  Tensor dw[8];
+  for (int i = 0; i < 8; ++i) {
+    const bool wanted = need_dw && args.weights[i].has_value();
+    const std::vector<int64_t> matrix = {rows, i % 4 == 0 ? in.I : in.H}, vector = {rows};
+    dw[i] = make_empty(args.x, !wanted ? none : i % 4 < 2 ? matrix : vector);
+    if (wanted && in.B == 0) torch::stable::zero_(dw[i]);
+  }
+  LayerGradients grad{};
+  grad.dy = data_or_null(dy);
+  grad.dh_n = data_or_null(dh_n);
+  grad.dc_n = data_or_null(dc_n);
+  grad.dc_all = data_or_null(dc_all);
+  grad.y = y.const_data_ptr();
+  grad.saved = saved.const_data_ptr();
+  grad.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  grad.dh0 = dh0.mutable_data_ptr();
+  grad.dc0 = args.two_states() ? dc0.mutable_data_ptr() : nullptr;
+  grad.need_dw = need_dw;
+  for (int d = 0; d < in.D && need_dw; ++d) {
+    void* data[4];
+    for (int i = 0; i < 4; ++i)
+      data[i] = args.weights[4 * d + i].has_value() ? dw[4 * d + i].mutable_data_ptr() : nullptr;
+    grad.weights[d] = {data[0], data[1], data[2], data[3]};
+  }
+  layer_backward(args.cell, in, grad, torch_threads());
+  return {dx, dh0, dc0, dw[0], dw[1], dw[2], dw[3], dw[4], dw[5], dw[6], dw[7]};
+}
+
+#define RNNKERN_WEIGHT_SCHEMA                                                    \
+  "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_ih_reverse, " \
+  "Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse"
+#define RNNKERN_LAYER_SCHEMA \
+  "Tensor x, Tensor h0, Tensor? c0, " RNNKERN_WEIGHT_SCHEMA ", Tensor? lengths, Tensor? resets"
+
+STABLE_TORCH_LIBRARY(rnnkern, m) {
+  m.def("layer(str cell, " RNNKERN_LAYER_SCHEMA
+        ", bool return_states) -> "
+        "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all, Tensor saved)");
+  m.def("layer_inference(str cell, " RNNKERN_LAYER_SCHEMA
+        ", bool return_states, Tensor? packed) -> "
+        "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all)");
+  m.def("layer_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, " RNNKERN_LAYER_SCHEMA
+        ", Tensor y, Tensor saved, bool need_dx, bool need_dw) -> "
+        "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, "
+        "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse)");
+  m.def("pack(str cell, " RNNKERN_WEIGHT_SCHEMA ") -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
+  m.impl("layer", TORCH_BOX(&layer));
+  m.impl("layer_inference", TORCH_BOX(&layer_inference));
+  m.impl("layer_backward", TORCH_BOX(&layer_backward_op));
+  m.impl("pack", TORCH_BOX(&pack));
+}
+
+}  // namespace
+}  // namespace rnnkern
