@@ -1,0 +1,12 @@
+"""Fused recurrent and attention kernels for PyTorch.
+
+import rnnkern
+lstm = rnnkern.nn.LSTM(256, 512)  # in the place of torch.nn.LSTM
+"""
+
+from rnnkern import nn
+from rnnkern.ops._dispatch import BackendUnavailable, backend, explain
+
+__version__ = "0.1.0"
+
+__all__ = ["BackendUnavailable", "__version__", "backend", "explain", "nn"]

@@ -1,0 +1,6 @@
+"""Modules: drop-in recurrent layers and cells, and attention."""
+
+from rnnkern.nn.cell import GRUCell, LSTMCell, RNNCell
+from rnnkern.nn.recurrent import GRU, LSTM, RNN
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]

@@ -1,0 +1,216 @@
+"""Drop-in RNNCell, LSTMCell and GRUCell: one step of the fused layer, with torch's constructor, checks and outputs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops.recurrence import PackCache, Weights, recurrence
+
+
+class _Cell(torch.nn.RNNCellBase):
+    """What the three cells share."""
+
+    _packs: PackCache
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool, num_chunks: int, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks, device=device, dtype=dtype)
+        self._packs = PackCache()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_packs", None)  # neither pickled nor deep-copied
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._packs = PackCache()
+
+    def _replicate_for_data_parallel(self) -> "_Cell":
+        replica: _Cell = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._packs = PackCache()
+        return replica
+
+    def _weights(self) -> Weights:
+        """The weights as they are now: parameters, or what a parametrization put in their place."""
+        p = self._parameters
+        try:
+            return p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"], None, None, None, None
+        except KeyError:
+            return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None, None, None, None
+
+    def _rank(self, input: Tensor) -> bool:
+        """Whether the input has a batch; raises ValueError unless it has rank 1 or 2."""
+        rank = input.dim()
+        if rank != 1 and rank != 2:
+            raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {rank}D instead")
+        return rank == 2
+
+    def _step(self, cell: str, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One step of `[B, I]` from states `[B, H]` (h None: zeros): the next h, and c if the cell has one."""
+        weights = self._weights()
+        weight = weights[0]
+        assert weight is not None
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        if h is None:
+            h = x.new_zeros(x.shape[0], self.hidden_size)
+            c = h if cell == "lstm" else None
+        else:
+            self._check_hidden(x, h, 0)
+            if c is not None:
+                self._check_hidden(x, c, 1)
+        if x.dtype != weight.dtype:
+            if not torch._C._is_any_autocast_enabled():
+                raise RuntimeError(f"input must have the dtype of the weights. Expected {weight.dtype}, got {x.dtype}")
+            x, h = x.to(weight.dtype), h.to(weight.dtype)
+        if c is not None:
+            c = c.to(compute_dtype(x.dtype)).unsqueeze(0)
+        _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c, weights, packs=self._packs)
+        return h_n[0], c_n if c is None else c_n[0].to(x.dtype)
+
+    def _check_hidden(self, x: Tensor, hidden: Tensor, index: int) -> None:
+        """Raises RuntimeError, in torch's words where it has some, unless the state fits x."""
+        if hidden.shape[0] != x.shape[0]:
+            raise RuntimeError(
+                f"Input batch size {x.shape[0]} doesn't match hidden{index} batch size {hidden.shape[0]}"
+            )
+        if hidden.dim() != 2 or hidden.shape[1] != self.hidden_size:
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: got {hidden.shape[-1]}, expected {self.hidden_size}"
+            )
+        if hidden.device != x.device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {x.device} and hidden tensor at {hidden.device}"
+            )
+        if hidden.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"hidden{index} must have the dtype of input. Expected {x.dtype}, got {hidden.dtype}")
+
+    def _one_state(self, cell: str, input: Tensor, hx: Tensor | None) -> Tensor:
+        """The forward of a cell whose only state is h."""
+        batched = self._rank(input)
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(f"{type(self).__name__}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+        if batched:
+            return self._step(cell, input, hx, None)[0]
+        return self._step(cell, input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), None)[0].squeeze(0)
+
+
+class RNNCell(_Cell):
+    """One step of an Elman network, `h' = tanh(W_ih x + b_ih + W_hh h + b_hh)`, in the place of torch.nn.RNNCell.
+
+    The constructor, parameters, initial values, inputs and output are those of `torch.nn.RNNCell`: input `[B, I]` or
+    `[I]`, hx `[B, H]` or `[H]`, zeros if None; returns h'.
+
+    Raises:
+        ValueError: the rank of input or hx is wrong, as in torch.
+        RuntimeError: a size, dtype or device does not fit, or the nonlinearity is unknown.
+
+    Source: Elman 1990, https://doi.org/10.1207/s15516709cog1402_1.
+
+    Example:
+        >>> import torch, rnnkern
+        >>> rnnkern.nn.RNNCell(10, 20, nonlinearity="relu")(torch.randn(3, 10)).shape
+        torch.Size([3, 20])
+    """
+
+    __constants__ = ["input_size", "hidden_size", "bias", "nonlinearity"]  # noqa: RUF012, torch's protocol
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Runs one step; see the class."""
+        if self.nonlinearity == "tanh":
+            return self._one_state("rnn_tanh", input, hx)
+        if self.nonlinearity == "relu":
+            return self._one_state("rnn_relu", input, hx)
+        raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+
+
+class LSTMCell(_Cell):
+    """One step of the long short-term memory, in the place of torch.nn.LSTMCell; `rnnkern.nn.LSTM` has the formula.
+
+    The constructor, parameters, initial values, inputs and outputs are those of `torch.nn.LSTMCell`: input `[B, I]` or
+    `[I]`, hx a pair of `[B, H]` or `[H]`, zeros if None; returns (h', c').
+
+    Raises:
+        ValueError: the rank of input or of a state is wrong, as in torch.
+        RuntimeError: a size, dtype or device does not fit, or hx is not a pair.
+
+    Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000.
+
+    Example:
+        >>> import torch, rnnkern
+        >>> h, c = rnnkern.nn.LSTMCell(10, 20)(torch.randn(3, 10))
+        >>> h.shape, c.shape
+        (torch.Size([3, 20]), torch.Size([3, 20]))
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Runs one step; see the class."""
+        batched = self._rank(input)
+        if hx is None:
+            h = c = None
+        else:
+            for i, state in enumerate(hx):
+                if state.dim() not in (1, 2):
+                    raise ValueError(f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {state.dim()}D instead")
+            if isinstance(hx, Tensor):
+                raise TypeError("hx must be a tuple of Tensors, not Tensor")
+            if len(hx) != 2:
+                raise RuntimeError("lstm_cell expects two hidden states")
+            h, c = hx
+        if batched:
+            return self._step("lstm", input, h, c)
+        if h is not None and c is not None:
+            h, c = h.unsqueeze(0), c.unsqueeze(0)
+        h, c = self._step("lstm", input.unsqueeze(0), h, c)
+        return h.squeeze(0), c.squeeze(0)
+
+
+class GRUCell(_Cell):
+    """One step of the gated recurrent unit, in the place of torch.nn.GRUCell; `rnnkern.nn.GRU` has the formula.
+
+    The constructor, parameters, initial values, inputs and output are those of `torch.nn.GRUCell`: input `[B, I]` or
+    `[I]`, hx `[B, H]` or `[H]`, zeros if None; returns h'.
+
+    Raises:
+        ValueError: the rank of input or hx is wrong, as in torch.
+        RuntimeError: a size, dtype or device does not fit.
+
+    Source: Cho et al. 2014, https://arxiv.org/abs/1406.1078, in cuDNN's form.
+
+    Example:
+        >>> import torch, rnnkern
+        >>> rnnkern.nn.GRUCell(10, 20)(torch.randn(3, 10), torch.zeros(3, 20)).shape
+        torch.Size([3, 20])
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Runs one step; see the class."""
+        return self._one_state("gru", input, hx)

@@ -1,0 +1,1 @@
+"""Operators: their fake kernels, autograd formulas and the choice of a backend."""

@@ -1,0 +1,201 @@
+"""The one place that chooses a backend: a pure function, a way to override it, and a way to see what it chose."""
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from rnnkern import _library
+from rnnkern.cells import CELLS
+
+BACKENDS = ("cpu", "triton", "cuda", "eager")  # in order of preference
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend forced by `rnnkern.backend` cannot run here; the message says why."""
+
+
+class Choice(NamedTuple):
+    """A backend, and why the ones before it were passed over."""
+
+    backend: str
+    why: str
+
+
+def refusal(backend: str, cell: str, device: str, dtype: torch.dtype, projection: bool, missing: str) -> str:
+    """Why a backend cannot run a layer, "" if it can; `missing` says why the compiled kernels are absent, "" if not."""
+    if backend == "eager":
+        return ""
+    if backend != "cpu":
+        return f"{backend} kernels are not part of this version"
+    if device != "cpu":
+        return f"the tensors are on {device}, not on the cpu"
+    if projection:
+        return "proj_size is not supported by cpu kernels"
+    if dtype not in CPU_DTYPES:
+        return f"{dtype} is not supported by cpu kernels"
+    if cell not in CELLS:
+        return f"cell {cell!r} is not supported by cpu kernels"
+    return missing
+
+
+def choose(
+    cell: str,
+    device: str,
+    dtype: torch.dtype,
+    T: int,
+    B: int,
+    H: int,
+    *,
+    projection: bool = False,
+    forced: str | None = None,
+    missing: str = "",
+) -> Choice:
+    """Chooses the backend for one layer from these facts alone, so that it can be tested for hardware that is not here.
+
+    Args:
+        cell: name in `rnnkern.cells.CELLS`.
+        device: device type of the tensors, as in `torch.device.type`.
+        dtype: dtype of the input.
+        T: time steps.
+        B: batch size.
+        H: hidden size.
+        projection: whether the layer projects h (proj_size).
+        forced: the backend that the user asks for, or None.
+        missing: why the compiled kernels are absent, "" if they are present.
+
+    Raises:
+        BackendUnavailable: `forced` cannot run this.
+    """
+    if forced is not None:
+        why = refusal(forced, cell, device, dtype, projection, missing)
+        if why:
+            raise BackendUnavailable(f"backend {forced!r} cannot run {cell}: {why}")
+        return Choice(forced, "forced by rnnkern.backend")
+    own = device if device in BACKENDS else "cpu"  # the backend whose refusal is worth telling
+    why = refusal(own, cell, device, dtype, projection, missing)
+    return Choice("eager", f"{why}: eager reference") if why else Choice(own, "")
+
+
+_cached_choose = functools.lru_cache(maxsize=4096)(choose)
+_thread = threading.local()
+_overrides = 0  # threads that are inside `backend` or `explain`: the common call looks no further
+_overrides_lock = threading.Lock()
+
+
+class _Override:
+    """Sets an attribute of this thread while it lasts."""
+
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def __enter__(self) -> None:
+        global _overrides
+        self.before = getattr(_thread, self.name, None)
+        setattr(_thread, self.name, self.value)
+        with _overrides_lock:
+            _overrides += 1
+
+    def __exit__(self, *_: object) -> None:
+        global _overrides
+        setattr(_thread, self.name, self.before)
+        with _overrides_lock:
+            _overrides -= 1
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces a backend ("eager", "cpu", "triton", "cuda") for the layers that this thread runs inside the block.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendUnavailable: it can run nothing here; inside the block: it cannot run that layer.
+
+    Example:
+        >>> import torch, rnnkern
+        >>> with rnnkern.backend("eager"):
+        ...     y, h_n = rnnkern.nn.GRU(3, 4)(torch.ones(5, 2, 3))
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(sorted(BACKENDS))}, got {name!r}")
+    if name not in ("eager", "cpu"):
+        raise BackendUnavailable(f"backend {name!r} cannot run: {refusal(name, '', '', torch.float32, False, '')}")
+    if name == "cpu" and not _library.available:
+        raise BackendUnavailable(f"backend 'cpu' cannot run: {_library.reason}")
+    with _Override("forced", name):
+        yield
+
+
+def select(cell: str, device: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, D: int, projection: bool) -> str:
+    """The backend of this call: `choose`, under this thread's override, noted for `explain`."""
+    if _overrides == 0:
+        call = choose if torch.compiler.is_compiling() else _cached_choose
+        choice = call(cell, device, dtype, T, B, H, projection=projection, missing=_library.reason)
+    else:
+        forced = getattr(_thread, "forced", None)
+        choice = choose(cell, device, dtype, T, B, H, projection=projection, forced=forced, missing=_library.reason)
+        notes = getattr(_thread, "notes", None)
+        if notes is not None:
+            notes.append(LayerNote(cell, device, str(dtype), T, B, I, H, D, choice.backend, choice.why))
+    if choice.backend == "eager" and device == "cpu" and _library.reason:
+        _library.warn_if_missing()
+    return choice.backend
+
+
+@dataclass(frozen=True)
+class LayerNote:
+    """What ran one layer, and why."""
+
+    cell: str
+    device: str
+    dtype: str
+    T: int
+    B: int
+    I: int
+    H: int
+    D: int
+    backend: str
+    why: str
+
+    def __str__(self) -> str:
+        shape = f"T={self.T} B={self.B} I={self.I} H={self.H} D={self.D}"
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.cell} {shape} {self.dtype.removeprefix('torch.')} {self.device}: {self.backend}{why}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` saw: one note per layer in the order of running, and the facts of the CPU kernels."""
+
+    layers: tuple[LayerNote, ...]
+    isa: str  # instruction set of the CPU kernels, "" if they are not loaded
+    threads: int
+    missing: str = field(default="")  # why the CPU kernels are not loaded
+
+    def __str__(self) -> str:
+        kernels = f"isa {self.isa}" if self.isa else f"not loaded, {self.missing}"
+        lines = [f"{i}: {note}" for i, note in enumerate(self.layers)] or ["no recurrent layer ran"]
+        return "\n".join([*lines, f"cpu kernels: {kernels}; threads: {self.threads}"])
+
+
+def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Runs `module(*args, **kwargs)` once and tells which backend ran each recurrent layer, and why.
+
+    The module may be any model that holds recurrent layers of rnnkern; torch's random state is left as it was.
+
+    Example:
+        >>> import torch, rnnkern
+        >>> told = rnnkern.explain(rnnkern.nn.LSTM(3, 4, proj_size=2), torch.ones(5, 1, 3))
+        >>> told.layers[0].backend
+        'eager'
+    """
+    notes: list[LayerNote] = []
+    with torch.random.fork_rng(devices=[]), _Override("notes", notes):
+        module(*args, **kwargs)
+    isa = _library.extension.get_isa() if _library.extension is not None else ""
+    return Explanation(tuple(notes), isa, torch.get_num_threads(), _library.reason)

@@ -1,0 +1,289 @@
+"""The recurrent layer as an operator: fake kernels, autograd, and the function that picks who runs it.
+
+C++ (`csrc/torch/ops.cpp`) defines the schemas and the CPU kernels:
+  rnnkern::layer            forward, keeps what backward needs
+  rnnkern::layer_inference  forward without an autograd formula, which alone would cost microseconds per call
+  rnnkern::layer_backward   every first gradient; its own gradient goes through the eager reference
+  rnnkern::pack             weights in the kernels' layout, for short inference calls
+The operators trust their input; `recurrence` checks the weights, `rnnkern.nn` the rest.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import _library
+from rnnkern.cells import CELLS, reference
+from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops._dispatch import select
+
+SHORT = 16  # below this many steps weights are worth packing once for many calls; longer calls pack anew
+Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, and the same four of the reverse direction or None
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, h_n, c_n, c_all
+
+
+def _fake_inference(
+    cell: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    *rest: Any,  # the weights, lengths, resets, return_states, packed
+) -> Outputs:
+    return_states = rest[10]
+    T, B, _ = x.shape
+    D, _, H = h0.shape
+    two_states = len(CELLS[cell].states) == 2
+    compute = compute_dtype(x.dtype)
+    return (
+        x.new_empty(T, B, D * H),
+        x.new_empty(D, B, H),
+        x.new_empty((D, B, H) if two_states else (0,), dtype=compute),
+        x.new_empty((T, B, D * H) if two_states and return_states else (0,), dtype=compute),
+    )
+
+
+def _fake_layer(
+    cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T, B, _ = x.shape
+    D, _, H = h0.shape
+    spec = CELLS[cell]
+    kept = (H + 15) // 16 * 16 * (len(spec.saved) + len(spec.states) - 1)
+    saved = x.new_empty(D * T * B * kept, dtype=compute_dtype(x.dtype))
+    return (*_fake_inference(cell, x, h0, c0, *rest), saved)
+
+
+def _fake_backward(
+    cell: str,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc_all: Tensor | None,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    *rest: Any,  # the weights, lengths, resets, y, saved, need_dx, need_dw
+) -> tuple[Tensor, ...]:
+    weights, (need_dx, need_dw) = rest[:8], rest[-2:]
+    compute = compute_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape if need_dx else (0,)),
+        h0.new_empty(h0.shape),
+        x.new_empty(0 if c0 is None else c0.shape, dtype=compute),
+        *(x.new_empty(0 if w is None or not need_dw else w.shape) for w in weights),
+    )
+
+
+def _fake_pack(cell: str, w_ih: Tensor, *rest: Any) -> Tensor:
+    return w_ih.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=compute_dtype(w_ih.dtype))
+
+
+def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.cell = inputs[0]
+    y, saved = output[0], output[4]
+    ctx.save_for_backward(*inputs[1:14], y, saved)  # x to resets
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+
+
+def _layer_backward(
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc_all: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad  # cell, x, h0, c0, 8 weights, lengths, resets, return_states
+    grads = torch.ops.rnnkern.layer_backward.default(
+        ctx.cell, dy, dh_n, dc_n, dc_all, *ctx.saved_tensors, needed[1], any(needed[4:12])
+    )
+    return (None, *(grad if need else None for grad, need in zip(grads, needed[1:12])), None, None, None)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.cell = inputs[0]
+    ctx.save_for_backward(*inputs[1:18])  # dy to resets: y and saved follow from them
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradient of `layer_backward`: the reference runs again, its gradient is taken twice.
+
+    Every tensor enters through an alias of its own, so that one that is a function of another (tied weights, say)
+    counts once; the aliases keep the graph where it is wanted, which gives derivatives of any order.
+    """
+    *tensors, lengths, resets = ctx.saved_tensors  # dy, dh_n, dc_n, dc_all, x, h0, c0, 8 weights
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [
+            None if t is None else t.view_as(t) if higher and t.requires_grad else t.detach().requires_grad_()
+            for t in tensors
+        ]
+        cotangents, inputs = aliases[:4], aliases[4:]
+        x, h0, c0, *weights = inputs
+        assert x is not None
+        assert h0 is not None
+        outputs = reference.layer(
+            CELLS[ctx.cell],
+            x,
+            h0,
+            c0,
+            tuple(weights),
+            lengths=lengths,
+            resets=resets,
+            return_states=cotangents[3] is not None,
+        )
+        first = _grad(outputs, cotangents, inputs, create_graph=True)
+        second = _grad(first, dgrads, aliases, create_graph=higher)
+    return (None, *second, None, None, None, None, None, None)
+
+
+def _grad(
+    outputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    create_graph: bool,
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` among lists with holes: no cotangent means zero, no dependence gives None."""
+    pairs = [(o, g) for o, g in zip(outputs, cotangents) if o is not None and g is not None and o.requires_grad]
+    wanted = [i for i in inputs if i is not None]
+    if not pairs:
+        return [None] * len(inputs)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=create_graph, allow_unused=True
+        )
+    )
+    return [None if i is None else next(found) for i in inputs]
+
+
+if _library.available:
+    torch.library.register_fake("rnnkern::layer", _fake_layer)
+    torch.library.register_fake("rnnkern::layer_inference", _fake_inference)
+    torch.library.register_fake("rnnkern::layer_backward", _fake_backward)
+    torch.library.register_fake("rnnkern::pack", _fake_pack)
+    torch.library.register_autograd("rnnkern::layer", _layer_backward, setup_context=_setup_layer)
+    torch.library.register_autograd("rnnkern::layer_backward", _double_backward, setup_context=_setup_backward)
+    _layer = torch.ops.rnnkern.layer.default
+    _layer_inference = torch.ops.rnnkern.layer_inference.default
+    _pack = torch.ops.rnnkern.pack.default
+
+
+class PackCache:
+    """Weights of a module's layers in the kernels' layout, for short calls without gradients.
+
+    An entry holds while every weight keeps address, version and dtype. Writes that leave no such trace (through
+    `.data`, or from another process) are caught by the kernels, which compare a sample of the weights with one kept in
+    the pack. Weights are packed when seen unchanged for the second time, so that a training loop does not pack in vain.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[list[Any], Tensor | None]] = {}
+
+    def find(self, layer: int, weights: Weights) -> tuple[list[Any] | None, Tensor | None]:
+        """The key of these weights (None if they cannot have one), and their pack if there is one."""
+        try:
+            key = [None if w is None else (w.data_ptr(), w._version, w.dtype) for w in weights]
+        except RuntimeError:  # inference tensors have no version, fake tensors no address
+            return None, None
+        entry = self._entries.get(layer)
+        return key, entry[1] if entry is not None and entry[0] == key else None
+
+    def add(self, layer: int, key: list[Any], cell: str, weights: Weights) -> Tensor | None:
+        """Remembers these weights; packs them if they were remembered before."""
+        entry = self._entries.get(layer)
+        packed = _pack(cell, *weights) if entry is not None and entry[0] == key else None
+        self._entries[layer] = (key, packed)
+        return packed
+
+
+def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
+    """Returns lengths as an int64 tensor on the CPU, [B]; raises RuntimeError if one is not within 0..T."""
+    if lengths.dim() != 1 or lengths.shape[0] != B:
+        raise RuntimeError(f"lengths must have one entry per row. Expected shape [{B}], got {list(lengths.shape)}")
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise RuntimeError(f"lengths must be integers. Expected torch.int64, got {lengths.dtype}")
+    lengths = lengths.detach().to("cpu", torch.int64)
+    if torch.compiler.is_compiling():  # a traced program cannot look at values
+        return lengths.clamp(0, T)
+    if B > 0:
+        low, high = (int(v) for v in lengths.aminmax())
+        if low < 0 or high > T:
+            raise RuntimeError(f"lengths must be within 0 and the number of steps {T}, got {low if low < 0 else high}")
+    return lengths.contiguous()
+
+
+def check_weights(x: Tensor, weights: Weights, rows: int, H: int) -> None:
+    """Raises RuntimeError, in torch's words where it has some, unless the weights fit x and have `rows` = G*H rows."""
+    I = x.shape[2]
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    shapes = ((rows, I), (rows, H), (rows,), (rows,))
+    for i, w in enumerate(weights):
+        if w is None:
+            continue
+        if w.device != x.device:
+            raise RuntimeError(
+                "Input and parameter tensors are not at the same device, "
+                f"found input tensor at {x.device} and parameter tensor at {w.device}"
+            )
+        if w.dtype != x.dtype:
+            raise RuntimeError(f"{names[i % 4]} must have the dtype of input. Expected {x.dtype}, got {w.dtype}")
+        if w.shape != shapes[i % 4]:
+            raise RuntimeError(f"{names[i % 4]} must have shape {list(shapes[i % 4])}, got {list(w.shape)}")
+
+
+def recurrence(
+    cell: str,
+    x: Tensor,  # [T, B, I]
+    h0: Tensor,  # [D, B, H], or [D, B, P] with a projection
+    c0: Tensor | None,  # [D, B, H] in the compute dtype, for cells of two states
+    weights: Weights,
+    *,
+    lengths: Tensor | None = None,  # int64 [B] on the CPU
+    resets: Tensor | None = None,  # bool [T, B]
+    return_states: bool = False,
+    projection: tuple[Tensor | None, ...] = (None, None),  # w_hr of each direction, [P, H]
+    packs: PackCache | None = None,
+    layer: int = 0,  # which entry of `packs` is this layer's
+) -> Outputs:
+    """Runs one layer in one or both directions on the backend that `rnnkern.ops._dispatch.choose` names.
+
+    The meaning of every argument and result is that of `rnnkern.cells.reference.layer`; h0's first size tells whether
+    there is a reverse direction. Without gradients and for few steps the weights' packed form comes from `packs`.
+
+    Raises:
+        RuntimeError: a weight does not fit x in device, dtype or shape.
+        rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
+    """
+    T, B, I = x.shape
+    D, _, H = h0.shape
+    projected = projection[0] is not None
+    if select(cell, x.device.type, x.dtype, T, B, I, H, D, projected) == "eager":
+        check_weights(x, weights, len(CELLS[cell].gates) * (H if c0 is None else c0.shape[2]), H)
+        return reference.layer(
+            CELLS[cell],
+            x,
+            h0,
+            c0,
+            weights,
+            projection=projection,
+            lengths=lengths,
+            resets=resets,
+            return_states=return_states,
+        )
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or h0.requires_grad
+        or (c0 is not None and c0.requires_grad)
+        or any([w is not None and w.requires_grad for w in weights])
+    ):
+        check_weights(x, weights, len(CELLS[cell].gates) * H, H)
+        y, h_n, c_n, c_all, _ = _layer(cell, x, h0, c0, *weights, lengths, resets, return_states)
+        return y, h_n, c_n, c_all
+    packed = key = None
+    if T < SHORT and packs is not None and not torch.compiler.is_compiling():
+        key, packed = packs.find(layer, weights)
+    if packed is None:  # a pack was checked when it was made
+        check_weights(x, weights, len(CELLS[cell].gates) * H, H)
+        if packs is not None and key is not None:
+            packed = packs.add(layer, key, cell, weights)
+    result: Outputs = _layer_inference(cell, x, h0, c0, *weights, lengths, resets, return_states, packed)
+    return result
