@@ -1,0 +1,168 @@
+"""`python -m rnnkern info` and `python -m rnnkern bench`: what this installation is, and how fast it is here."""
+
+import argparse
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+import torch
+
+import rnnkern
+from rnnkern import _library
+from rnnkern._bench.cases import OURS, TORCH, Case, runners
+from rnnkern._bench.machine import cpu_name
+from rnnkern._bench.probes import Probes, ProbesUnavailable, ceilings
+from rnnkern._bench.timing import compare
+from rnnkern.ops import _dispatch
+
+CELLS = {"lstm": "lstm", "gru": "gru", "rnn": "rnn_tanh", "rnn_relu": "rnn_relu"}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def positive(text: str) -> int:
+    """A whole number of at least one, for argparse."""
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="python -m rnnkern", description="Fused recurrent and attention kernels for PyTorch."
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="{info,bench}")
+    commands.add_parser("info", help="print versions, instruction set, backends, threads and build")
+    bench = commands.add_parser(
+        "bench",
+        help="compare with torch.nn on this machine",
+        description="Runs one workload on rnnkern and on torch.nn in turns; prints medians, the median of the paired "
+        "ratios with its quartiles, and how near the machine's floor we come (measuring that needs a C++ compiler).",
+    )
+    bench.add_argument("cell", choices=CELLS, help="what to run: %(choices)s (rnn is the tanh one)", metavar="CELL")
+    bench.add_argument("--T", type=positive, default=100, metavar="N", help="time steps (default %(default)s)")
+    bench.add_argument("--B", type=positive, default=32, metavar="N", help="batch (default %(default)s)")
+    bench.add_argument("--H", type=positive, default=256, metavar="N", help="hidden size (default %(default)s)")
+    bench.add_argument("--I", type=positive, metavar="N", help="input size (default: H)")
+    bench.add_argument("--layers", type=positive, default=1, metavar="N", help="stacked layers (default %(default)s)")
+    bench.add_argument("--bidirectional", action="store_true", help="both directions")
+    bench.add_argument("--train", action="store_true", help="forward and backward (default: forward, no gradients)")
+    bench.add_argument("--dtype", choices=DTYPES, default="float32", help="(default %(default)s)")
+    bench.add_argument("--threads", type=positive, metavar="N", help="torch's threads (default: torch's own choice)")
+    bench.add_argument("--backend", choices=("cpu", "eager"), help="force a backend of rnnkern")
+    bench.add_argument(
+        "--seconds", type=seconds, default=3.0, metavar="S", help="time to spend measuring (default %(default)s)"
+    )
+    return top
+
+
+def info() -> None:
+    """Prints what is installed and what will run."""
+    rows = {
+        "rnnkern": f"{rnnkern.__version__} ({os.path.dirname(rnnkern.__file__)})",
+        "torch": torch.__version__,
+        "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
+    }
+    extension = _library.extension
+    if extension is None:
+        rows["isa"] = "none: the compiled kernels are not loaded"
+        rows["build"] = _library.reason
+    else:
+        rows["isa"] = f"{extension.get_isa()} (supported: {', '.join(extension.supported_isas())}; set RNNKERN_CPU_ISA)"
+        rows["build"] = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
+    for name in _dispatch.BACKENDS:
+        why = _dispatch.refusal(name, "lstm", "cpu", torch.float32, False, _library.reason)
+        rows[f"backend {name}"] = f"no: {why}" if why else "yes"
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def in_unit(value: float) -> str:
+    """Seconds, readable."""
+    scale, unit = next(((s, u) for s, u in ((1.0, "s"), (1e-3, "ms")) if value >= s), (1e-6, "us"))
+    return f"{value / scale:.3g} {unit}" if value < 100 * scale else f"{value / scale:.0f} {unit}"
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Measures one case and prints the comparison."""
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    case = Case(
+        CELLS[arguments.cell],
+        arguments.T,
+        arguments.B,
+        arguments.I or arguments.H,
+        arguments.H,
+        arguments.layers,
+        arguments.bidirectional,
+        arguments.train,
+        DTYPES[arguments.dtype],
+    )
+    functions = runners(case)
+    if arguments.backend:
+        free = functions[OURS]
+
+        def forced() -> object:
+            with rnnkern.backend(arguments.backend):
+                return free()
+
+        functions[OURS] = forced
+    told = rnnkern.explain(lambda: functions[OURS]())
+    result = compare(functions, seconds=arguments.seconds)
+    both = ", bidirectional" if case.bidirectional else ""
+    mode = "forward and backward" if case.training else "forward"
+    print(
+        f"{arguments.cell} T={case.T} B={case.B} I={case.I} H={case.H}, {case.layers} layer(s){both}, {arguments.dtype}"
+    )
+    print(f"{mode}, {torch.get_num_threads()} thread(s), {cpu_name()}, {len(result.samples[OURS])} rounds")
+    backends = ", ".join(sorted({note.backend for note in told.layers}))
+    print(f"  {OURS:<10} {in_unit(result.median(OURS)):>9}  backend {backends}" + (f", {told.isa}" if told.isa else ""))
+    low, high = result.ratio_range(TORCH, OURS)
+    ratio = f"{result.ratio(TORCH, OURS):.2f} times as fast ({low:.2f} to {high:.2f})"
+    print(f"  {TORCH:<10} {in_unit(result.median(TORCH)):>9}  rnnkern is {ratio}")
+    print(f"  {'floor':<10} {floor_line(case, result.median(OURS))}")
+
+
+def floor_line(case: Case, ours: float) -> str:
+    """The floor of the case here, and how near to it `ours` comes."""
+    try:
+        floor = case.floor(ceilings(Probes().measure(torch.get_num_threads())))
+    except ProbesUnavailable as error:
+        return f"unknown: {error}"
+    if floor is None:
+        return "unknown: the formula is for float32"
+    return f"{in_unit(floor):>9}  rnnkern runs at {100 * floor / ours:.0f}% of the floor's speed"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    if arguments.command == "info":
+        info()
+        return 0
+    try:
+        bench(arguments)
+    except rnnkern.BackendUnavailable as error:
+        print(f"python -m rnnkern bench: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
