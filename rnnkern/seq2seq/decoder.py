@@ -1,0 +1,237 @@
+"""Decoder: a recurrent network over the target whose states attend to the memory of the source."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rnnkern import nn as rnn
+from rnnkern.seq2seq.encoder import State, check_dropout, check_lengths, check_sizes, check_tokens, make_recurrent
+
+ATTENTIONS = ("none", "dot", "general", "additive")
+
+
+class Memory(NamedTuple):
+    """A source made ready for attention: what every step of the decoder reads and none changes.
+
+    Attributes:
+        values: outputs of the encoder.  # [B, Tk, M]
+        projected: keys as the score needs them, projected once; None without attention.
+        lengths: number of valid positions of each row; None where all are.  # [B]
+    """
+
+    values: Tensor
+    projected: Any
+    lengths: Tensor | None
+
+
+class Decoder(nn.Module):
+    """Writes the target: a recurrent network and Luong's global attention.
+
+    .. math::
+        h_t = \\mathrm{cell}(E y_{t-1}, h_{t-1}), \\qquad
+        c_t = \\sum_k \\mathrm{softmax}_k(\\mathrm{score}(h_t, m_k)) \\, m_k, \\qquad
+        \\tilde h_t = \\tanh(W [c_t; h_t]), \\qquad
+        p(y_t) = \\mathrm{softmax}(V \\tilde h_t + b)
+
+    The module gives the logits; softmax belongs to the loss or the search. The attended state is not fed back ("input
+    feeding"), so that under teacher forcing the recurrent network runs over the whole target in one call, and attention
+    over all its queries in one more. ``step`` runs the same weights one symbol at a time. Dropout acts on the
+    embedding, between the layers and on the attended state.
+
+    Source: Luong et al. 2015, https://arxiv.org/abs/1508.04025; the additive score is that of Bahdanau et al. 2015,
+    https://arxiv.org/abs/1409.0473.
+
+    Args:
+        vocabulary_size: number V of target symbols, padding, start and end included.
+        embedding_size: size of a symbol's vector.
+        hidden_size: size H of the state.
+        memory_size: size M of the encoder's outputs (``encoder.memory_size``).
+        cell: "rnn_tanh", "rnn_relu", "lstm" or "gru".
+        attention: the score: "dot" (h . m, needs H = M), "general" (h . W m), "additive" (v . tanh(W h + U m)), or
+            "none" for a plain decoder that knows the source by its first state alone.
+        alignment_size: size A of the additive score; H by default.
+        num_layers: number of stacked layers L.
+        dropout: probability of zeroing an element, in [0, 1).
+        padding_index: the symbol that fills rows past their end.
+        batch_first: tokens are [B, T] and outputs [B, T, V] instead of [T, B] and [T, B, V]; the memory likewise.
+
+    Raises:
+        ValueError: an unknown cell or attention, "dot" with H different from M, a size below 1, a dropout outside
+            [0, 1).
+
+    Example:
+        >>> decoder = Decoder(40, 16, 32, memory_size=64, attention="general", cell="gru")
+        >>> memory = decoder.prepare(torch.randn(7, 3, 64), torch.tensor([7, 2, 5]))
+        >>> logits, state, _ = decoder(torch.randint(1, 40, (5, 3)), torch.zeros(1, 3, 32), memory)
+        >>> logits.shape, state.shape
+        (torch.Size([5, 3, 40]), torch.Size([1, 3, 32]))
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        embedding_size: int,
+        hidden_size: int,
+        memory_size: int,
+        *,
+        cell: str = "lstm",
+        attention: str = "general",
+        alignment_size: int | None = None,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        padding_index: int = 0,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(
+            vocabulary_size=vocabulary_size,
+            embedding_size=embedding_size,
+            hidden_size=hidden_size,
+            memory_size=memory_size,
+            num_layers=num_layers,
+        )
+        check_dropout(dropout)
+        self.vocabulary_size = vocabulary_size
+        self.hidden_size = hidden_size
+        self.memory_size = memory_size
+        self.num_layers = num_layers
+        self.cell = cell
+        self.score = attention
+        self.padding_index = padding_index
+        self.batch_first = batch_first
+        self.embedding = nn.Embedding(
+            vocabulary_size, embedding_size, padding_idx=padding_index, device=device, dtype=dtype
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.recurrent = make_recurrent(
+            cell, embedding_size, hidden_size, num_layers, False, dropout, device=device, dtype=dtype
+        )
+        self.attention = _make_attention(attention, hidden_size, memory_size, alignment_size, device, dtype)
+        combined_size = hidden_size + (0 if self.attention is None else memory_size)
+        self.combine = nn.Linear(combined_size, hidden_size, bias=False, device=device, dtype=dtype)
+        self.output = nn.Linear(hidden_size, vocabulary_size, device=device, dtype=dtype)
+
+    def prepare(self, memory: Tensor, lengths: Tensor | None = None) -> Memory:
+        """Makes an encoder's outputs ready to be attended to, projecting the keys once.
+
+        Args:
+            memory: outputs of the encoder.  # [Tk, B, M], or [B, Tk, M] with batch_first
+            lengths: number of valid positions of each row, int64, on the CPU; all without it.  # [B]
+
+        Raises:
+            ValueError: memory is not 3-D.
+            RuntimeError: its last size is not M; lengths does not fit it.
+        """
+        if memory.dim() != 3:
+            raise ValueError(f"memory: expected a 3-D tensor, got shape {list(memory.shape)}")
+        values = memory if self.batch_first else memory.transpose(0, 1)  # [B, Tk, M]
+        if values.shape[2] != self.memory_size:
+            raise RuntimeError(f"memory: expected last size {self.memory_size}, got shape {list(memory.shape)}")
+        check_lengths(lengths, values.shape[1], values.shape[0])
+        projected = None if self.attention is None else self.attention.project_keys(values)
+        return Memory(values, projected, lengths)
+
+    def forward(
+        self, tokens: Tensor, state: State, memory: Memory, *, need_weights: bool = False
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Runs the decoder over a given target (teacher forcing), or over the next few symbols of one.
+
+        Args:
+            tokens: the symbol before each position: the target shifted by one, from the start symbol on.
+                # [T, B], or [B, T] with batch_first
+            state: state before the first step: h, or (h, c) for the LSTM.  # [L, B, H] each
+            memory: what ``prepare`` made of the source.
+            need_weights: return the attention weights.
+
+        Returns:
+            The logits of each position's symbol  # [T, B, V], or [B, T, V] with batch_first
+            the state after the last step  # [L, B, H] each
+            and the attention weights or None.  # [B, T, Tk]
+
+        Raises:
+            ValueError: tokens is not 2-D; weights are asked of a decoder without attention.
+            RuntimeError: tokens is not integral; the batch sizes of tokens, state and memory differ.
+        """
+        check_tokens(tokens, "tokens")
+        tokens = tokens.transpose(0, 1) if self.batch_first else tokens  # [T, B]
+        if tokens.shape[1] != memory.values.shape[0]:
+            raise RuntimeError(
+                f"tokens: expected the batch size {memory.values.shape[0]} of memory, got {tokens.shape[1]}"
+            )
+        logits, state, weights = self._run(tokens, state, memory, need_weights)  # [B, T, V]
+        return logits if self.batch_first else logits.transpose(0, 1), state, weights
+
+    def step(
+        self, tokens: Tensor, state: State, memory: Memory, *, need_weights: bool = False
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """Runs one step of every row, as a search does.
+
+        Args:
+            tokens: the last symbol of each row.  # [B]
+            state: state before the step.  # [L, B, H] each
+            memory: what ``prepare`` made of the source.
+            need_weights: return the attention weights.
+
+        Returns:
+            Logits of the next symbol  # [B, V]
+            the state after the step  # [L, B, H] each
+            and the attention weights or None.  # [B, Tk]
+        """
+        if tokens.dim() != 1:
+            raise ValueError(f"tokens: expected a 1-D tensor, got shape {list(tokens.shape)}")
+        logits, state, weights = self._run(tokens.unsqueeze(0), state, memory, need_weights)
+        return logits.squeeze(1), state, None if weights is None else weights.squeeze(1)
+
+    def _run(
+        self, tokens: Tensor, state: State, memory: Memory, need_weights: bool
+    ) -> tuple[Tensor, State, Tensor | None]:
+        if need_weights and self.attention is None:
+            raise ValueError("need_weights: this decoder has no attention (attention='none')")
+        embedded = self.dropout(self.embedding(tokens))  # [T, B, E]
+        hidden, state = self.recurrent(embedded, state)  # [T, B, H]
+        hidden = hidden.transpose(0, 1)  # [B, T, H]
+        weights = None
+        if self.attention is not None:
+            context, weights = self.attention(
+                hidden,
+                memory.values,
+                projected_key=memory.projected,
+                lengths=memory.lengths,
+                need_weights=need_weights,
+            )  # [B, T, M]
+            hidden = torch.cat((context, hidden), dim=2)  # [B, T, M+H]
+        attended = self.dropout(torch.tanh(self.combine(hidden)))  # [B, T, H]
+        return self.output(attended), state, weights
+
+    def extra_repr(self) -> str:
+        """Names the cell, the score and the layout."""
+        return f"cell={self.cell!r}, attention={self.score!r}, batch_first={self.batch_first}"
+
+
+def _make_attention(
+    score: str,
+    hidden_size: int,
+    memory_size: int,
+    alignment_size: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Any:  # an attention module, or None
+    if score not in ATTENTIONS:
+        raise ValueError(f"attention: expected one of {', '.join(ATTENTIONS)}, got {score!r}")
+    if score == "none":
+        return None
+    if score == "dot":
+        if hidden_size != memory_size:
+            raise ValueError(
+                f"attention: 'dot' needs equal sizes, got hidden_size {hidden_size} and memory_size {memory_size}; "
+                "'general' takes any"
+            )
+        return rnn.DotAttention()
+    if score == "general":
+        return rnn.GeneralAttention(hidden_size, memory_size, device=device, dtype=dtype)
+    return rnn.AdditiveAttention(
+        hidden_size, memory_size, hidden_size if alignment_size is None else alignment_size, device=device, dtype=dtype
+    )

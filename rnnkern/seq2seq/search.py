@@ -1,0 +1,123 @@
+"""Searches: from a trained model to target symbols."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rnnkern.seq2seq.decoder import Memory
+from rnnkern.seq2seq.encoder import State
+from rnnkern.seq2seq.model import Seq2Seq
+
+
+class SearchResult(NamedTuple):
+    """What a search found, one row per source.
+
+    Attributes:
+        tokens: symbols without start and end, padding past each row's length.  # [B, T], T = max(lengths)
+        lengths: number of symbols of each row.  # [B]
+        scores: log probability of each row's symbols, its end symbol included.  # [B]
+        finished: whether the row reached the end symbol within the maximum length.  # [B]
+        weights: attention weights of each symbol, zero past the row's length; None unless asked for.  # [B, T, Tk]
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    scores: Tensor
+    finished: Tensor
+    weights: Tensor | None
+
+
+@torch.no_grad()
+def greedy_search(
+    model: Seq2Seq,
+    source: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    start: int,
+    end: int,
+    max_length: int,
+    need_weights: bool = False,
+) -> SearchResult:
+    """Takes the most probable symbol at each step, from the start symbol to the end symbol.
+
+    .. math:: y_t = \\arg\\max_y p(y \\mid y_{<t}, x), \\qquad y_0 = \\mathrm{start}
+
+    Rows that have reached the end are dropped from the batch when they are half of it. The search runs in the mode that
+    the model is in: call ``model.eval()`` first, or dropout acts.
+
+    Args:
+        model: the model.
+        source: source symbols.  # [S, B], or [B, S] where the model is batch_first
+        lengths: number of source symbols of each row, int64, on the CPU.  # [B]
+        start: the symbol that starts a target.
+        end: the symbol that ends it.
+        max_length: most symbols of a row, the end symbol not counted; a longer row is cut.
+        need_weights: return the attention weights.
+
+    Raises:
+        ValueError: max_length is negative, start or end is outside the vocabulary, weights are asked of a model without
+            attention, source is not 2-D.
+        RuntimeError: wrong dtype, lengths that do not fit.
+
+    Example:
+        >>> result = greedy_search(model.eval(), source, lengths, start=1, end=2, max_length=30)
+        >>> rows = [row[:n].tolist() for row, n in zip(result.tokens, result.lengths)]
+    """
+    if max_length < 0:
+        raise ValueError(f"max_length: expected at least 0, got {max_length}")
+    vocabulary_size = model.decoder.vocabulary_size
+    for name, symbol in (("start", start), ("end", end)):
+        if not 0 <= symbol < vocabulary_size:
+            raise ValueError(f"{name}: expected a symbol from 0 to {vocabulary_size - 1}, got {symbol}")
+    if need_weights and model.decoder.attention is None:
+        raise ValueError("need_weights: this model has no attention (attention='none')")
+
+    memory, state = model.encode(source, lengths)
+    batch_size, source_time, _ = memory.values.shape
+    device = source.device
+    tokens = torch.full((batch_size, max_length), model.decoder.padding_index, dtype=torch.int64, device=device)
+    found = torch.zeros(batch_size, dtype=torch.int64, device=device)
+    scores = torch.zeros(batch_size, device=device)
+    finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+    weights = memory.values.new_zeros(batch_size, max_length, source_time) if need_weights else None
+
+    rows = torch.arange(batch_size, device=device)  # the result's row of each row still in the batch
+    previous = torch.full((batch_size,), start, dtype=torch.int64, device=device)
+    for position in range(max_length + 1):
+        if rows.numel() == 0:
+            break
+        logits, state, step_weights = model.decoder.step(previous, state, memory, need_weights=need_weights)
+        step_scores, previous = logits.float().log_softmax(dim=1).max(dim=1)  # [rows]
+        live = ~finished[rows]
+        ended = previous == end
+        # The step after the last symbol only asks whether the row ends there.
+        scores[rows] += step_scores * (live & (ended | (position < max_length)))
+        finished[rows] |= ended
+        writing = live & ~ended
+        if position == max_length:
+            break
+        written = rows[writing]
+        tokens[written, position] = previous[writing]
+        found[written] = position + 1
+        if weights is not None and step_weights is not None:
+            weights[written, position] = step_weights[writing]
+        if 2 * written.numel() <= rows.numel():
+            keep = writing.nonzero().squeeze(1)
+            rows, previous = written, previous[keep]
+            state, memory = _select_rows(state, memory, keep)
+    longest = int(found.max()) if batch_size else 0
+    if weights is not None:
+        weights = weights[:, :longest]
+    return SearchResult(tokens[:, :longest], found, scores, finished, weights)
+
+
+def _select_rows(state: State, memory: Memory, keep: Tensor) -> tuple[State, Memory]:
+    """Keeps these rows of what the decoder reads."""
+    if isinstance(state, tuple):
+        state = (state[0].index_select(1, keep), state[1].index_select(1, keep))
+    else:
+        state = state.index_select(1, keep)
+    projected = None if memory.projected is None else memory.projected.index_select(0, keep)
+    lengths = None if memory.lengths is None else memory.lengths.index_select(0, keep.to(memory.lengths.device))
+    return state, Memory(memory.values.index_select(0, keep), projected, lengths)
