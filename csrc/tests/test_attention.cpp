@@ -1,0 +1,233 @@
+// The attention kernels against plain double loops: scores, dtypes, lengths, masks, odd sizes, threads, padding never
+// read.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "cpu/isa.h"
+
+using namespace rnnkern;
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition)) {                                           \
+      ++failures;                                                 \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
+  } while (0)
+
+const double kNan = std::numeric_limits<double>::quiet_NaN();
+
+ParallelFor threads(int count) {
+  static int pieces;
+  pieces = count;
+  return {[](int64_t n, ParallelFor::Body body, void* context) {
+            std::vector<std::thread> workers;
+            for (int i = 0; i < pieces; ++i) {
+              const int64_t begin = n * i / pieces, end = n * (i + 1) / pieces;
+              if (begin < end) workers.emplace_back(body, context, begin, end);
+            }
+            for (std::thread& worker : workers) worker.join();
+          },
+          count};
+}
+
+double uniform() { return std::rand() / (RAND_MAX + 1.0) * 2 - 1; }
+
+struct Case {
+  Score score;
+  int64_t B, Tq, Tk, D, Dv;
+  double size;  // of the elements of query and key
+  bool lengths, mask;
+};
+
+// All arrays of one problem, in double; what is padding holds NaN.
+struct Problem {
+  Case c;
+  double scale = 0.25;
+  std::vector<double> q, k, v, vector, dcontext, dweights;
+  std::vector<int64_t> lengths;
+  std::vector<uint8_t> mask;
+
+  bool valid(int64_t b, int64_t j) const { return !(c.lengths && j >= lengths[b]) && !(c.mask && mask[b * c.Tk + j]); }
+};
+
+std::vector<double> random(int64_t count, double size) {
+  std::vector<double> x(count);
+  for (double& value : x) value = float(uniform() * size);  // the same in float and in double
+  return x;
+}
+
+Problem make(const Case& c) {
+  Problem p;
+  p.c = c;
+  p.q = random(c.B * c.Tq * c.D, c.size);
+  p.k = random(c.B * c.Tk * c.D, c.size);
+  p.v = random(c.B * c.Tk * c.Dv, 1);
+  p.vector = random(c.D, 1);
+  p.dcontext = random(c.B * c.Tq * c.Dv, 1);
+  p.dweights = random(c.B * c.Tq * c.Tk, 1);
+  for (int64_t b = 0; b < c.B; ++b) p.lengths.push_back((b * 7 + c.Tk / 2) % (c.Tk + 1));
+  for (int64_t i = 0; i < c.B * c.Tk; ++i) p.mask.push_back(i / c.Tk == 1 || uniform() < -0.3);  // row 1: all padding
+  for (int64_t b = 0; b < c.B; ++b) {
+    for (int64_t j = 0; j < c.Tk; ++j) {
+      if (p.valid(b, j)) continue;
+      for (int64_t d = 0; d < c.D; ++d) p.k[(b * c.Tk + j) * c.D + d] = kNan;
+      for (int64_t d = 0; d < c.Dv; ++d) p.v[(b * c.Tk + j) * c.Dv + d] = kNan;
+    }
+  }
+  return p;
+}
+
+struct Results {
+  std::vector<double> context, weights, dq, dk, dv, dvector;
+};
+
+Results reference(const Problem& p) {
+  const Case& c = p.c;
+  Results r{std::vector<double>(c.B * c.Tq * c.Dv), std::vector<double>(c.B * c.Tq * c.Tk),
+            std::vector<double>(c.B * c.Tq * c.D),  std::vector<double>(c.B * c.Tk * c.D),
+            std::vector<double>(c.B * c.Tk * c.Dv), std::vector<double>(c.D)};
+  for (int64_t b = 0; b < c.B; ++b) {
+    for (int64_t i = 0; i < c.Tq; ++i) {
+      const double *q = &p.q[(b * c.Tq + i) * c.D], *dc = p.dcontext.data() + (b * c.Tq + i) * c.Dv;
+      double *w = r.weights.data() + (b * c.Tq + i) * c.Tk, *context = r.context.data() + (b * c.Tq + i) * c.Dv;
+      double *dq = r.dq.data() + (b * c.Tq + i) * c.D, peak = -1e300, sum = 0, delta = 0;
+      std::vector<double> dp(c.Tk);
+      for (int64_t j = 0; j < c.Tk; ++j) {
+        if (!p.valid(b, j)) continue;
+        const double* k = &p.k[(b * c.Tk + j) * c.D];
+        for (int64_t d = 0; d < c.D; ++d) {
+          w[j] += c.score == Score::dot ? p.scale * q[d] * k[d] : p.vector[d] * std::tanh(q[d] + k[d]);
+        }
+        peak = std::max(peak, w[j]);
+      }
+      for (int64_t j = 0; j < c.Tk; ++j) sum += p.valid(b, j) ? std::exp(w[j] - peak) : 0;
+      for (int64_t j = 0; j < c.Tk; ++j) {
+        if (!p.valid(b, j)) continue;
+        const double* v = p.v.data() + (b * c.Tk + j) * c.Dv;
+        w[j] = std::exp(w[j] - peak) / sum;
+        dp[j] = p.dweights[(b * c.Tq + i) * c.Tk + j];
+        for (int64_t d = 0; d < c.Dv; ++d) {
+          context[d] += w[j] * v[d];
+          dp[j] += dc[d] * v[d];
+          r.dv[(b * c.Tk + j) * c.Dv + d] += w[j] * dc[d];
+        }
+        delta += w[j] * dp[j];
+      }
+      for (int64_t j = 0; j < c.Tk; ++j) {
+        if (!p.valid(b, j)) continue;
+        const double ds = w[j] * (dp[j] - delta), *k = &p.k[(b * c.Tk + j) * c.D];
+        double* dk = &r.dk[(b * c.Tk + j) * c.D];
+        for (int64_t d = 0; d < c.D; ++d) {
+          if (c.score == Score::dot) {
+            dq[d] += p.scale * ds * k[d];
+            dk[d] += p.scale * ds * q[d];
+          } else {
+            const double t = std::tanh(q[d] + k[d]), g = ds * p.vector[d] * (1 - t * t);
+            dq[d] += g;
+            dk[d] += g;
+            r.dvector[d] += ds * t;
+          }
+        }
+      }
+    }
+  }
+  return r;
+}
+
+template <class T>
+Results run(const Problem& p, int thread_count) {
+  const Case& c = p.c;
+  const auto cast = [](const std::vector<double>& x) { return std::vector<T>(x.begin(), x.end()); };
+  const auto rows = [](const std::vector<T>& x, int64_t T_, int64_t C) { return Rows{x.data(), T_ * C, C}; };
+  const std::vector<T> q = cast(p.q), k = cast(p.k), v = cast(p.v), vector = cast(p.vector);
+  const std::vector<T> dcontext = cast(p.dcontext), dweights = cast(p.dweights);
+  const T poison = std::numeric_limits<T>::quiet_NaN();
+  std::vector<T> context(c.B * c.Tq * c.Dv, poison), weights(c.B * c.Tq * c.Tk, poison);
+  std::vector<T> dq(q.size(), poison), dk(k.size(), poison), dv(v.size(), poison), dvector(c.D, poison);
+  AttentionInputs in{};
+  in.dtype = sizeof(T) == 4 ? Dtype::f32 : Dtype::f64;
+  in.score = c.score;
+  in.B = c.B, in.Tq = c.Tq, in.Tk = c.Tk, in.D = c.D, in.Dv = c.Dv;
+  in.scale = p.scale;
+  in.query = rows(q, c.Tq, c.D), in.key = rows(k, c.Tk, c.D), in.value = rows(v, c.Tk, c.Dv);
+  in.vector = c.score == Score::additive ? vector.data() : nullptr;
+  in.lengths = c.lengths ? p.lengths.data() : nullptr;
+  if (c.mask) in.mask = {p.mask.data(), c.Tk, 1};
+  attention_forward(in, {context.data(), weights.data()}, threads(thread_count));
+  attention_backward(
+      in, {rows(dcontext, c.Tq, c.Dv), rows(dweights, c.Tq, c.Tk), dq.data(), dk.data(), dv.data(), dvector.data()},
+      threads(thread_count));
+  if (c.score == Score::dot) dvector.assign(c.D, 0);
+  const auto widen = [](const std::vector<T>& x) { return std::vector<double>(x.begin(), x.end()); };
+  return {widen(context), widen(weights), widen(dq), widen(dk), widen(dv), widen(dvector)};
+}
+
+void compare(const char* what, const std::vector<double>& actual, const std::vector<double>& expected, double tolerance,
+             const Problem& p) {
+  double worst = 0, size = 1;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    size = std::max(size, std::fabs(expected[i]));
+    const double error = std::fabs(actual[i] - expected[i]);
+    if (!(error <= worst)) worst = error;
+  }
+  const Case& c = p.c;
+  CHECK(worst <= tolerance * size,
+        "%s is off by %g (size %g): %s B=%d Tq=%d Tk=%d D=%d Dv=%d size=%g lengths=%d mask=%d", what, worst, size,
+        c.score == Score::dot ? "dot" : "additive", int(c.B), int(c.Tq), int(c.Tk), int(c.D), int(c.Dv), c.size,
+        c.lengths, c.mask);
+}
+
+template <class T>
+void check(const Problem& p, const Results& expected, double tolerance) {
+  const Results one = run<T>(p, 1), three = run<T>(p, 3);
+  compare("context", one.context, expected.context, tolerance, p);
+  compare("weights", one.weights, expected.weights, tolerance, p);
+  compare("dquery", one.dq, expected.dq, tolerance, p);
+  compare("dkey", one.dk, expected.dk, tolerance, p);
+  compare("dvalue", one.dv, expected.dv, tolerance, p);
+  compare("dvector", one.dvector, expected.dvector, tolerance, p);
+  CHECK(one.context == three.context && one.weights == three.weights && one.dq == three.dq && one.dk == three.dk &&
+            one.dv == three.dv && one.dvector == three.dvector,
+        "threads change the result: Tq=%d Tk=%d D=%d", int(p.c.Tq), int(p.c.Tk), int(p.c.D));
+}
+
+}  // namespace
+
+int main() {
+  try {
+    std::printf("%s\n", isa_name(current_isa()));
+  } catch (const std::runtime_error& error) {
+    std::printf("%s\n", error.what());
+    return 77;
+  }
+  const int64_t shapes[][5] = {{1, 1, 1, 1, 1}, {3, 1, 7, 17, 5}, {2, 5, 50, 100, 33},  {2, 67, 261, 48, 16},
+                               {0, 3, 4, 5, 6}, {2, 3, 0, 5, 6},  {2, 130, 40, 20, 100}};
+  for (Score score : {Score::dot, Score::additive}) {
+    for (const auto& s : shapes) {
+      for (int padding = 0; padding < 3; ++padding) {
+        for (double size : {1.0, 100.0}) {
+          const double element = score == Score::dot && size > 1 ? 4 : size;
+          const Problem p = make({score, s[0], s[1], s[2], s[3], s[4], element, padding == 1, padding == 2});
+          const Results expected = reference(p);
+          check<float>(p, expected, 2e-5);
+          check<double>(p, expected, 2e-13);
+        }
+      }
+    }
+  }
+  std::printf(failures ? "%d failures\n" : "ok\n", failures);
+  return failures ? 1 : 0;
+}
