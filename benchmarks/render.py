@@ -69,7 +69,7 @@ def recurrence_table(report: dict[str, Any], memory: bool) -> str:
         [workload(case), *cells_of(modes.get("eval"), TORCH, memory), *cells_of(modes.get("train"), TORCH, memory)]
         for case, modes in pairs(report, "recurrence")
     ]
-    head = ["", *(f"forward: {c}" for c in columns), *(f"forward + backward: {c}" for c in columns)]
+    head = ["", *(f"fwd: {c}" for c in columns), *(f"fwd+bwd: {c}" for c in columns)]
     return table(head, rows)
 
 
@@ -86,7 +86,7 @@ def attention_table(report: dict[str, Any]) -> str:
                 cells += taken[:3] + taken[4:]
             rows.append([title, peer, *cells])
     columns = ["peer", OURS, "times faster", "MiB, ours / peer"]
-    head = ["", "peer", *(f"forward: {c}" for c in columns), *(f"forward + backward: {c}" for c in columns)]
+    head = ["", "peer", *(f"fwd: {c}" for c in columns), *(f"fwd+bwd: {c}" for c in columns)]
     return table(head, rows)
 
 
@@ -101,15 +101,15 @@ def facts(report: dict[str, Any]) -> str:
     if before and after:
         text += (
             f" Probes before / after: FMA {before['fma_gflops_1']:.0f} / {after['fma_gflops_1']:.0f} GFLOP/s on one "
-            f"thread, {before['fma_gflops']:.0f} / {after['fma_gflops']:.0f} on all; ping-pong {before['ping_pong_ns']:.0f} / "
-            f"{after['ping_pong_ns']:.0f} ns there and back."
+            f"thread, {before['fma_gflops']:.0f} / {after['fma_gflops']:.0f} on all; "
+            f"ping-pong {before['ping_pong_ns']:.0f} / {after['ping_pong_ns']:.0f} ns there and back."
         )
     return text
 
 
 NOTE = (
-    "Float32, times in ms, medians of interleaved rounds; `times faster` is the median of the paired ratios, and below 1 "
-    "we are slower. `of the floor` is the speed we reach as a part of the machine's limit (`rnnkern/_bench/floors.py`)."
+    "Float32, times in ms, medians of interleaved rounds; `times faster` is the median of the paired ratios: below 1 we "
+    "are slower. `of the floor` is the speed we reach as a part of the machine's limit (`rnnkern/_bench/floors.py`)."
 )
 
 
@@ -143,9 +143,11 @@ def plot(report: dict[str, Any], folder: Path) -> None:
     def bars(values: list[tuple[str, str, float]], title: str, file: str, log: bool) -> None:
         if not values:
             return
+        start = 1 if log else 0  # a loss points to the left
         figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * len(values)))
         places = range(len(values))
-        axes.barh(places, [value for _, _, value in values], color=[colours[mode] for _, mode, _ in values])
+        lengths = [value - start for _, _, value in values]
+        axes.barh(places, lengths, left=start, color=[colours[mode] for _, mode, _ in values])
         axes.set_yticks(places, [label for label, _, _ in values], fontsize=7)
         axes.invert_yaxis()
         axes.margins(y=0.01)

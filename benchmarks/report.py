@@ -56,7 +56,7 @@ def software() -> dict[str, Any]:
 
 
 def folder_for(where: Path, identity: dict[str, Any]) -> Path:
-    """The folder of this machine under `where`: its name, and a number if another machine of that name was there first."""
+    """The folder of this machine under `where`: its name, numbered if another machine of that name was there first."""
     number = 1
     while True:
         folder = where / (slug() if number == 1 else f"{slug()}-{number}")

@@ -1,4 +1,4 @@
-"""pytest-benchmark over a few recurrences: `python -m pytest benchmarks`. The report compares in pairs; this one tracks."""
+"""pytest-benchmark over a few recurrences: `python -m pytest benchmarks`. The report compares; these track."""
 
 from collections.abc import Callable
 
