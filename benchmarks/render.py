@@ -108,8 +108,8 @@ def facts(report: dict[str, Any]) -> str:
 
 
 NOTE = (
-    "Float32, times in ms, medians of interleaved rounds; `times faster` is the median of the paired ratios: below 1 we "
-    "are slower. `of the floor` is the speed we reach as a part of the machine's limit (`rnnkern/_bench/floors.py`)."
+    "Float32, times in ms, medians of interleaved runs; `times faster` is the median of the paired ratios; below 1, "
+    "we are slower. `of the floor` is the speed we reach as a part of the machine's limit (`rnnkern/_bench/floors.py`)."
 )
 
 

@@ -1,0 +1,188 @@
+"""Measuring: the floors against figures worked out by hand, the paired timing, the report's tables."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import render, report
+from benchmarks.rows import SMOKE, all_rows
+from rnnkern._bench.cases import OURS, TORCH, Case, first_tensor, modules, runners
+from rnnkern._bench.floors import CacheLevel, Ceilings, floor_seconds
+from rnnkern._bench.probes import MachineProbe, Probes, ProbesUnavailable, ceilings
+from rnnkern._bench.timing import Comparison, compare
+
+# Two cores of a Zen 5, as measured: FMA 575 GFLOP/s, L2 565, L3 262, memory 92 GB/s, tanh 2 x 9 G/s.
+ZEN5 = Ceilings(
+    threads=2,
+    fma_gflops=575,
+    activations_gps=18,
+    levels=(CacheLevel(40e3, 1126), CacheLevel(0.85e6, 565), CacheLevel(8e6, 262), CacheLevel(1e12, 92)),
+)
+
+
+@pytest.mark.parametrize(
+    ("cell", "T", "B", "H", "microseconds"),
+    [
+        ("gru", 1, 1, 256, 2.9),
+        ("lstm", 1, 1, 512, 25),
+        ("gru", 100, 1, 256, 217),
+        ("lstm", 100, 1, 512, 1631),
+        ("gru", 100, 1, 1024, 5541),
+        ("lstm", 100, 8, 256, 1516),
+        ("gru", 100, 32, 256, 4513),
+        ("lstm", 100, 64, 512, 47595),
+        ("gru", 50, 64, 1024, 70572),
+        ("gru", 1000, 1, 128, 583),
+        ("lstm", 1000, 16, 128, 7863),
+        ("rnn_tanh", 100, 1, 256, 75),
+        ("rnn_tanh", 100, 64, 512, 11853),
+    ],
+)
+def test_floor_of_a_known_machine(cell: str, T: int, B: int, H: int, microseconds: float) -> None:
+    assert floor_seconds(cell, ZEN5, T=T, B=B, I=H, H=H) == pytest.approx(microseconds * 1e-6, rel=0.03)
+
+
+def test_floor_of_stacked_directions_and_training() -> None:
+    sizes = {"T": 100, "B": 32, "I": 256, "H": 256, "layers": 2, "bidirectional": True}
+    forward = floor_seconds("lstm", ZEN5, **sizes)
+    assert forward == pytest.approx(30088e-6, rel=0.03)
+    assert floor_seconds("lstm", ZEN5, **sizes, training=True) == pytest.approx(3 * forward)
+
+
+def test_reading_comes_from_the_nearest_memory_that_holds_it() -> None:
+    rates = [size / ZEN5.read_seconds(size) / 1e9 for size in (50e3, 1e6, 12e6, 1e9)]
+    assert rates[:2] == pytest.approx([1126, 565])
+    assert 262 < rates[2] < 565  # part of it stays in L2
+    assert 92 < rates[3] < 95
+
+
+def test_probes_measure_something() -> None:
+    try:
+        probes = Probes()
+    except ProbesUnavailable as error:
+        pytest.skip(str(error))
+    assert probes.fma_gflops(1) > 0
+    assert probes.tanh_gps(1) > 0
+    assert probes.read_gbps(1, 16 << 10) > 0
+    assert probes.ping_pong_ns() > 0
+
+
+def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ProbesUnavailable, match="no-such-compiler"):
+        Probes()
+
+
+def test_ceilings_take_the_probe() -> None:
+    probe = MachineProbe(100.0, 200.0, 9.0, {"l1": 400.0, "l2": 200.0, "l3": 150.0, "memory": 30.0}, 50.0, threads=2)
+    found = ceilings(probe)
+    assert (found.threads, found.fma_gflops, found.activations_gps) == (2, 200.0, 9.0)
+    assert [level.read_gbps for level in found.levels] == [400.0, 200.0, 150.0, 30.0]
+
+
+def test_ratio_is_the_median_of_pairs() -> None:
+    comparison = Comparison({"peer": [2.0, 40.0, 6.0], "ours": [1.0, 10.0, 2.0]})
+    assert comparison.ratio("peer", "ours") == 3.0
+    assert comparison.median("peer") == 6.0
+    assert comparison.best("ours") == 1.0
+    assert comparison.ratio_range("peer", "ours") == (2.0, 4.0)
+
+
+def test_compare_interleaves() -> None:
+    ran: list[str] = []
+    functions = {name: lambda name=name: ran.append(name) for name in "ab"}
+    result = compare(functions, seconds=0.0, min_rounds=4, sample_seconds=0.0)
+    assert [len(samples) for samples in result.samples.values()] == [4, 4]
+    assert ran == list("aabb") + list("abba") * 2  # two warm-up calls each, then every round in turning order
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("single_step", [False, True])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu", "gru", "lstm"])
+def test_both_sides_of_a_case_compute_the_same(cell: str, single_step: bool, training: bool) -> None:
+    extra: dict[str, Any] = {} if single_step else {"layers": 2, "bidirectional": True}
+    case = Case(cell, 1 if single_step else 3, 2, 5, 4, training=training, single_step=single_step, **extra)
+    x = torch.randn((2, 5) if single_step else (3, 2, 5))
+    ours, theirs = (first_tensor(module(x)) for module in modules(case).values())
+    torch.testing.assert_close(ours, theirs)
+    results = [function() for function in runners(case).values()]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_have_names_of_their_own() -> None:
+    names = [row.name for row in all_rows()]
+    assert len(names) == len(set(names))
+    assert set(SMOKE) <= set(names)
+
+
+def entry(name: str, ratio: float) -> dict[str, Any]:
+    case = {
+        "cell": "lstm",
+        "T": 100,
+        "B": 1,
+        "I": 64,
+        "H": 64,
+        "layers": 1,
+        "bidirectional": False,
+        "single_step": False,
+    }
+    seconds = {OURS: 1e-3, TORCH: ratio * 1e-3}
+    return {
+        "name": name,
+        "kind": "recurrence",
+        "case": case,
+        "seconds": seconds,
+        "ratio": {TORCH: ratio},
+        "floor_seconds": 5e-4,
+        "peak_mib": None,
+    }
+
+
+def make_report(*rows: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "machine": {"cpu": "Some CPU", "threads": 2},
+        "software": {"isa": "avx2", "torch": "2.13.0", "rnnkern": "0.1.0", "commit": "abc"},
+        "date": "2026-01-01",
+        "probes": {"before": None, "after": None},
+        "rows": list(rows),
+    }
+
+
+def test_table_shows_losses_like_wins() -> None:
+    text = render.markdown(make_report(entry("lstm-eval", 2.0), entry("lstm-train", 0.5)))
+    assert "| LSTM, T=100, B=1, H=64 | 2 | 1 | 2.00 | 50% | 0.5 | 1 | 0.50 | 50% |" in text
+
+
+def test_readme_block_is_replaced(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
+    render.update_readme(readme, tmp_path / "results")
+    assert readme.read_text() == f"before\n{render.BEGIN}\n{render.NOTHING}\n{render.END}\nafter\n"
+    folder = tmp_path / "results" / "some-cpu-2c"
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(make_report(entry("lstm-eval", 2.0))))
+    render.update_readme(readme, tmp_path / "results")
+    text = readme.read_text()
+    assert "LSTM, T=100, B=1, H=64" in text
+    assert "results/some-cpu-2c/report.md" in text
+    assert render.NOTHING not in text
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+
+
+def test_another_machine_gets_another_folder(tmp_path: Path) -> None:
+    mine, other = {"cpu": "mine"}, {"cpu": "other"}
+    first = report.folder_for(tmp_path, mine)
+    first.mkdir()
+    (first / "report.json").write_text(json.dumps({"machine": other}))
+    second = report.folder_for(tmp_path, mine)
+    assert second != first
+    assert report.folder_for(tmp_path, other) == first
+
+
+def test_no_row_matches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["--only", "no-such-row"]) == 2
+    assert "no row matches no-such-row" in capsys.readouterr().err
