@@ -138,7 +138,7 @@ bool stale_pack(int cell, const LayerInputs& in) {
 }
 
 void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel) {
-  if (in.B == 0 || in.H == 0) return;
+  if (in.B == 0) return;
   const LayerKernels& kernels = kernels_of(cell, in.dtype);
   Plan owner(cell, in, parallel);
   LayerPlan& plan = owner.plan;
@@ -156,7 +156,7 @@ void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, con
 }
 
 void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad, const ParallelFor& parallel) {
-  if (in.B == 0 || in.H == 0) return;
+  if (in.B == 0) return;
   const LayerKernels& kernels = kernels_of(cell, in.dtype);
   Plan owner(cell, in, parallel);
   LayerPlan& plan = owner.plan;

@@ -33,6 +33,7 @@ struct LayerArguments {
     in.c0 = data_or_null(c0);
     in.lengths = static_cast<const int64_t*>(data_or_null(lengths));
     in.resets = static_cast<const uint8_t*>(data_or_null(resets));
+    STD_TORCH_CHECK(in.H > 0, "rnnkern::layer: the hidden size must be greater than zero");
     const int64_t rows = cell_traits()[cell].gates * in.H;
     for (int d = 0; d < in.D; ++d) {
       for (int i = 0; i < 4; ++i) {

@@ -1,0 +1,204 @@
+// The engines against the reference in double: every cell, both directions, lengths, resets, odd sizes, every gradient;
+// and the same bits for any number of threads.
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "check.h"
+#include "cpu/layer.h"
+#include "reference_layer.h"
+#include "rnnkern_cells.h"
+#include "rnnkern_lists.h"
+
+using namespace rnnkern;
+using namespace rnnkern_test;
+
+template <class T>
+struct Buffers {  // a call's tensors, every output poisoned with NaN
+  std::vector<T> x, h0, c0, weights[8], y, h_n, c_n, c_all, saved, dx, dh0, dc0, dw[8];
+};
+
+template <class T>
+std::vector<T> narrowed(const Vector& from) {
+  return std::vector<T>(from.begin(), from.end());
+}
+template <class T>
+std::vector<T> poisoned(size_t count) {
+  return std::vector<T>(count, std::numeric_limits<T>::quiet_NaN());
+}
+
+template <class T>
+Buffers<T> run_layer(int cell, const Problem& p, const OutputGradients& out, const ParallelFor& parallel) {
+  const bool two_states = cell_traits()[size_t(cell)].states > 1;
+  Buffers<T> b;
+  b.x = narrowed<T>(p.x);
+  b.h0 = narrowed<T>(p.h0);
+  b.c0 = narrowed<T>(p.c0);
+  LayerInputs in{};
+  in.dtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
+  in.T = p.T, in.B = p.B, in.I = p.I, in.H = p.H, in.D = p.D;
+  in.x = b.x.data();
+  in.x_time = p.B * p.I;
+  in.x_batch = p.I;
+  in.h0 = b.h0.data();
+  in.c0 = two_states ? b.c0.data() : nullptr;
+  in.lengths = p.lengths.data();
+  in.resets = p.resets.empty() ? nullptr : p.resets.data();
+  for (int d = 0; d < p.D; ++d) {
+    const Vector* from[4] = {&p.w_ih[d], &p.w_hh[d], &p.b_ih[d], &p.b_hh[d]};
+    for (int i = 0; i < 4; ++i) {
+      b.weights[4 * d + i] = narrowed<T>(*from[i]);
+      b.dw[4 * d + i] = poisoned<T>(from[i]->size());
+    }
+    in.weights[d] = {b.weights[4 * d].data(), b.weights[4 * d + 1].data(), b.weights[4 * d + 2].data(),
+                     b.weights[4 * d + 3].data()};
+  }
+  const size_t sequence = size_t(p.T * p.B * p.D * p.H);
+  b.y = poisoned<T>(sequence);
+  b.c_all = poisoned<T>(sequence);
+  b.h_n = poisoned<T>(p.h0.size());
+  b.c_n = poisoned<T>(p.h0.size());
+  b.saved = poisoned<T>(size_t(saved_size(cell, in)));
+  b.dx = poisoned<T>(p.x.size());
+  b.dh0 = poisoned<T>(p.h0.size());
+  b.dc0 = poisoned<T>(p.h0.size());
+  T *c_n = two_states ? b.c_n.data() : nullptr, *c_all = two_states ? b.c_all.data() : nullptr;
+  layer_forward(cell, in, {b.y.data(), b.h_n.data(), c_n, c_all, b.saved.data()}, parallel);
+  const std::vector<T> dy = narrowed<T>(out.dy), dh_n = narrowed<T>(out.dh_n), dc_n = narrowed<T>(out.dc_n),
+                       dc_all = narrowed<T>(out.dc_all);
+  LayerGradients grad{};
+  grad.dy = dy.data();
+  grad.dh_n = dh_n.data();
+  grad.dc_n = two_states ? dc_n.data() : nullptr;
+  grad.dc_all = two_states ? dc_all.data() : nullptr;
+  grad.y = b.y.data();
+  grad.saved = b.saved.data();
+  grad.dx = b.dx.data();
+  grad.dh0 = b.dh0.data();
+  grad.dc0 = two_states ? b.dc0.data() : nullptr;
+  for (int d = 0; d < p.D; ++d) {
+    grad.weights[d] = {b.dw[4 * d].data(), b.dw[4 * d + 1].data(), b.dw[4 * d + 2].data(), b.dw[4 * d + 3].data()};
+  }
+  grad.need_dw = true;
+  layer_backward(cell, in, grad, parallel);
+  return b;
+}
+
+template <class T>
+void check_close(const std::string& what, const std::vector<T>& actual, const Vector& expected) {
+  double scale = 1, error = 0;
+  bool finite = actual.size() == expected.size();
+  for (size_t i = 0; i < expected.size() && finite; ++i) {
+    scale = std::max(scale, std::abs(expected[i]));
+    error = std::max(error, std::abs(double(actual[i]) - expected[i]));
+    finite = std::isfinite(actual[i]);
+  }
+  CHECK(finite && error < scale * (sizeof(T) == 8 ? 1e-12 : 1e-5), "%s: error %.3g at scale %.3g", what.c_str(), error,
+        scale);
+}
+
+template <class T>
+void check_same(const std::string& what, const std::vector<T>& a, const std::vector<T>& b) {
+  CHECK(a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0),
+        "%s: not the same bits", what.c_str());
+}
+
+struct Case {
+  int64_t T, B, I, H;
+  int D;
+  bool lengths, resets;
+};
+
+template <class Cell, class T>
+void check_case(const std::string& name, const Case& c) {
+  const int cell = find_cell(name);
+  const unsigned seed = unsigned(c.T * 1000 + c.H);
+  Problem p{c.T, c.B, c.I, c.H, c.D, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  for (int64_t b = 0; b < c.B; ++b) p.lengths.push_back(c.lengths ? (b * 7 + 3) % (c.T + 1) : c.T);
+  if (c.resets) {
+    for (int64_t i = 0; i < c.T * c.B; ++i) p.resets.push_back(i * 5 % 7 == 0);
+  }
+  const double scale = 1 / std::sqrt(double(c.H));
+  p.x = random_vector<double>(size_t(c.T * c.B * c.I), seed);
+  p.h0 = random_vector<double>(size_t(c.D * c.B * c.H), seed + 1);
+  p.c0 = random_vector<double>(p.h0.size(), seed + 2);
+  for (int d = 0; d < c.D; ++d) {
+    const size_t rows = size_t(Cell::kGates * c.H);
+    p.w_ih[d] = random_vector<double>(rows * size_t(c.I), seed + 3 + d, scale);
+    p.w_hh[d] = random_vector<double>(rows * size_t(c.H), seed + 5 + d, scale);
+    p.b_ih[d] = random_vector<double>(rows, seed + 7 + d, scale);
+    p.b_hh[d] = random_vector<double>(rows, seed + 9 + d, scale);
+  }
+  OutputGradients out;
+  out.dy = random_vector<double>(size_t(c.T * c.B * c.D * c.H), seed + 11);
+  out.dc_all = random_vector<double>(out.dy.size(), seed + 12);
+  // Where no step is, no gradient comes from it.
+  for (int64_t t = 0; t < c.T; ++t) {
+    for (int64_t b = 0; b < c.B; ++b) {
+      for (int64_t i = 0; i < c.D * c.H && t >= p.lengths[b]; ++i) out.dy[(t * c.B + b) * c.D * c.H + i] = 1e30;
+    }
+  }
+  out.dh_n = random_vector<double>(p.h0.size(), seed + 13);
+  out.dc_n = random_vector<double>(p.h0.size(), seed + 14);
+  // The engines read floats: the reference starts from the same rounded values.
+  if (sizeof(T) == 4) {
+    for (Vector* v : {&p.x, &p.h0, &p.c0, &p.w_ih[0], &p.w_ih[1], &p.w_hh[0], &p.w_hh[1], &p.b_ih[0], &p.b_ih[1],
+                      &p.b_hh[0], &p.b_hh[1], &out.dy, &out.dc_all, &out.dh_n, &out.dc_n}) {
+      for (double& value : *v) value = float(value);
+    }
+  }
+  const Result expected = reference_layer<Cell>(p, out);
+  const Buffers<T> one = run_layer<T>(cell, p, out, {run_in_turn, 1});
+  const std::string where = name + " T" + std::to_string(c.T) + " B" + std::to_string(c.B) + " I" +
+                            std::to_string(c.I) + " H" + std::to_string(c.H) + " D" + std::to_string(c.D) +
+                            (c.lengths ? " lengths" : "") + (c.resets ? " resets" : "") +
+                            (sizeof(T) == 8 ? " double " : " float ");
+  const bool two_states = Cell::kStates > 1;
+  check_close(where + "y", one.y, expected.y);
+  check_close(where + "h_n", one.h_n, expected.h_n);
+  check_close(where + "dx", one.dx, expected.dx);
+  check_close(where + "dh0", one.dh0, expected.dh0);
+  if (two_states) {
+    check_close(where + "c_n", one.c_n, expected.c_n);
+    check_close(where + "c_all", one.c_all, expected.c_all);
+    check_close(where + "dc0", one.dc0, expected.dc0);
+  }
+  for (int d = 0; d < c.D; ++d) {
+    check_close(where + "dw_ih", one.dw[4 * d], expected.dw_ih[d]);
+    check_close(where + "dw_hh", one.dw[4 * d + 1], expected.dw_hh[d]);
+    check_close(where + "db_ih", one.dw[4 * d + 2], expected.db_ih[d]);
+    check_close(where + "db_hh", one.dw[4 * d + 3], expected.db_hh[d]);
+  }
+  for (const ParallelFor& parallel : {ParallelFor{run_on_threads, 2}, ParallelFor{run_on_threads, 3},
+                                      ParallelFor{run_on_threads, 4}, ParallelFor{run_in_turn, 2}}) {
+    const Buffers<T> other = run_layer<T>(cell, p, out, parallel);
+    const std::string threads = where + std::to_string(parallel.threads) + " threads ";
+    check_same(threads + "y", one.y, other.y);
+    check_same(threads + "h_n", one.h_n, other.h_n);
+    check_same(threads + "dx", one.dx, other.dx);
+    check_same(threads + "dh0", one.dh0, other.dh0);
+    if (two_states) check_same(threads + "dc0", one.dc0, other.dc0);
+    for (int i = 0; i < 4 * c.D; ++i) check_same(threads + "dw", one.dw[i], other.dw[i]);
+  }
+}
+
+template <class Cell>
+void check_cell(const std::string& name) {
+  const Case cases[] = {
+      {1, 1, 1, 1, 1, false, false},    {3, 2, 5, 17, 2, false, false}, {7, 3, 10, 33, 2, true, true},
+      {4, 40, 24, 48, 1, false, false}, {5, 35, 20, 40, 2, true, true}, {5, 19, 33, 64, 1, true, false},
+      {40, 1, 70, 96, 1, false, true},  {30, 9, 40, 60, 2, true, true}, {2, 70, 300, 50, 1, true, true},
+      {0, 3, 4, 5, 1, false, false},    {4, 3, 0, 20, 1, true, true},   {300, 2, 8, 20, 1, true, true},
+  };
+  for (const Case& c : cases) {
+    check_case<Cell, double>(name, c);
+    check_case<Cell, float>(name, c);
+  }
+}
+
+int main() {
+  return run_tests([] {
+#define RNNKERN_CHECK_CELL(cell, Struct) check_cell<Struct>(#cell);
+    RNNKERN_FOR_EACH_CELL(RNNKERN_CHECK_CELL)
+  });
+}
