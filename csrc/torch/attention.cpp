@@ -112,6 +112,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkern, m) {
       "attention(Tensor query, Tensor key, Tensor value, Tensor? vector, Tensor? lengths, Tensor? mask, str score, "
       "float scale, bool need_weights) -> (Tensor context, Tensor weights)");
   m.def(
+      "attention_inference(Tensor query, Tensor key, Tensor value, Tensor? vector, Tensor? lengths, Tensor? mask, "
+      "str score, float scale, bool need_weights) -> (Tensor context, Tensor weights)");
+  m.def(
       "attention_backward(Tensor? dcontext, Tensor? dweights, Tensor query, Tensor key, Tensor value, Tensor? vector, "
       "Tensor? lengths, Tensor? mask, str score, float scale) -> (Tensor dquery, Tensor dkey, Tensor dvalue, "
       "Tensor dvector)");
@@ -119,6 +122,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(rnnkern, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention_op));
+  m.impl("attention_inference", TORCH_BOX(&attention_op));
   m.impl("attention_backward", TORCH_BOX(&attention_backward_op));
 }
 

@@ -131,6 +131,11 @@ def backend(name: str) -> Iterator[None]:
         yield
 
 
+def forced() -> str | None:
+    """The backend that this thread forces, or None."""
+    return getattr(_thread, "forced", None) if _overrides else None
+
+
 def select(cell: str, device: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, D: int, projection: bool) -> str:
     """The backend of this call: `choose`, under this thread's override, noted for `explain`."""
     if _overrides == 0:

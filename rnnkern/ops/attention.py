@@ -1,0 +1,206 @@
+"""Attention as an operator: the eager reference, fake kernels, autograd, and the function that picks who runs it.
+
+C++ (`csrc/torch/attention.cpp`) defines the schemas and the CPU kernels:
+  rnnkern::attention            has an autograd formula
+  rnnkern::attention_inference  the same without one, which alone would cost microseconds per call
+  rnnkern::attention_backward   every first gradient; its own gradient goes through the eager reference
+The operators trust their input; `rnnkern.functional.attention` checks it.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rnnkern import _library
+from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops import _dispatch
+
+Score = Literal["dot", "additive"]
+
+
+def reference(
+    query: Tensor,  # [B, Tq, D]
+    key: Tensor,  # [B, Tk, D]
+    value: Tensor,  # [B, Tk, Dv]
+    vector: Tensor | None,  # [D], for the additive score
+    lengths: Tensor | None,  # int64 [B]
+    mask: Tensor | None,  # bool [B, Tk], True is padding
+    score: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention in plain PyTorch: differentiable any number of times, any dtype and device; materialises every score.
+
+    Low precision (bfloat16, float16) is computed in float32 and rounded at the end.
+
+    Returns:
+        context [B, Tq, Dv], weights [B, Tq, Tk]; both zero for a row without a valid key.
+    """
+    dtype = query.dtype
+    query, key, value = (tensor.to(compute_dtype(dtype)) for tensor in (query, key, value))
+    padding = mask
+    if lengths is not None:
+        padding = torch.arange(key.shape[1], device=key.device) >= lengths.to(key.device)[:, None]  # [B, Tk]
+    if padding is not None:  # what is padding may hold anything, NaN too
+        key = key.masked_fill(padding[..., None], 0)
+        value = value.masked_fill(padding[..., None], 0)
+    if vector is None:
+        scores = scale * query @ key.transpose(1, 2)  # [B, Tq, Tk]
+    else:
+        scores = torch.tanh(query[:, :, None] + key[:, None]) @ vector.to(query.dtype)  # [B, Tq, Tk, A] on the way
+    if padding is None:
+        weights = scores.softmax(-1)
+    else:
+        weights = scores.masked_fill(padding[:, None], torch.finfo(scores.dtype).min).softmax(-1)
+        weights = weights.masked_fill(padding[:, None], 0)
+    return (weights @ value).to(dtype), weights.to(dtype)
+
+
+def _fake_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vector: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    score: str,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    B, Tq, _ = query.shape
+    Tk, Dv = value.shape[1:]
+    return query.new_empty(B, Tq, Dv), query.new_empty((B, Tq, Tk) if need_weights else (0,))
+
+
+def _fake_backward(
+    dcontext: Tensor | None,
+    dweights: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    vector: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    score: str,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dvector = query.new_empty(0 if vector is None else vector.shape)
+    return query.new_empty(query.shape), query.new_empty(key.shape), query.new_empty(value.shape), dvector
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.score, ctx.scale, ctx.need_weights = inputs[6:]
+    ctx.save_for_backward(*inputs[:6])
+    ctx.set_materialize_grads(False)
+
+
+def _attention_backward(ctx: Any, dcontext: Tensor | None, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
+    dweights = dweights if ctx.need_weights else None
+    grads = torch.ops.rnnkern.attention_backward.default(dcontext, dweights, *ctx.saved_tensors, ctx.score, ctx.scale)
+    needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:4]))
+    return (*needed, None, None, None, None, None)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.score, ctx.scale = inputs[8:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.set_materialize_grads(False)
+
+
+def _double_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Gradient of `attention_backward`: the reference runs again, its gradient is taken twice.
+
+    Every tensor enters through an alias of its own, so that key and value may be one tensor; the aliases keep the graph
+    where it is wanted, which gives derivatives of any order.
+    """
+    *tensors, lengths, mask = ctx.saved_tensors  # dcontext, dweights, query, key, value, vector
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases: list[Any] = [
+            None if t is None else t.view_as(t) if higher and t.requires_grad else t.detach().requires_grad_()
+            for t in tensors
+        ]
+        cotangents, inputs = aliases[:2], aliases[2:]
+        query, key, value, vector = inputs
+        outputs = reference(query, key, value, vector, lengths, mask, ctx.score, ctx.scale)
+        grads = _gradient(outputs, inputs, cotangents, create_graph=True)
+        second = _gradient(grads, aliases, list(dgrads), create_graph=higher)
+    return (*second, None, None, None, None)
+
+
+def _gradient(
+    outputs: Any, inputs: list[Any], cotangents: list[Any], *, create_graph: bool
+) -> list[Tensor | None]:
+    """One entry per input; None where there is no input, no cotangent or no path."""
+    pairs = [(o, g) for o, g in zip(outputs, cotangents) if o is not None and g is not None and o.requires_grad]
+    wanted = [i for i in inputs if i is not None]
+    if not pairs:
+        return [None] * len(inputs)
+    outs, grads = zip(*pairs)
+    found = iter(torch.autograd.grad(outs, wanted, grads, create_graph=create_graph, allow_unused=True))
+    return [None if i is None else next(found) for i in inputs]
+
+
+if _library.available:
+    torch.library.register_fake("rnnkern::attention", _fake_attention)
+    torch.library.register_fake("rnnkern::attention_inference", _fake_attention)
+    torch.library.register_fake("rnnkern::attention_backward", _fake_backward)
+    torch.library.register_autograd("rnnkern::attention", _attention_backward, setup_context=_setup_attention)
+    torch.library.register_autograd("rnnkern::attention_backward", _double_backward, setup_context=_setup_backward)
+    _attention = torch.ops.rnnkern.attention.default
+    _attention_inference = torch.ops.rnnkern.attention_inference.default
+
+
+def refusal(device: str, dtype: torch.dtype) -> str:
+    """Why the CPU kernels cannot run this attention, "" if they can."""
+    if device != "cpu":
+        return f"the tensors are on {device}, not on the cpu"
+    if dtype not in _dispatch.CPU_DTYPES:
+        return f"{dtype} is not supported by cpu kernels"
+    return _library.reason
+
+
+def attend(
+    query: Tensor,  # [B, Tq, D]
+    key: Tensor,  # [B, Tk, D]
+    value: Tensor,  # [B, Tk, Dv]
+    *,
+    score: Score,
+    vector: Tensor | None = None,  # [D], for the additive score
+    scale: float = 1.0,  # of the dot score
+    lengths: Tensor | None = None,  # int64 [B]
+    mask: Tensor | None = None,  # bool [B, Tk], True is padding
+    need_weights: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over projected queries and keys, on the CPU kernels or, where they cannot run, on the reference.
+
+    Raises:
+        RuntimeError: a length is not within 0..Tk.
+        rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
+    """
+    forced = _dispatch.forced()
+    why = "forced" if forced == "eager" else refusal(query.device.type, query.dtype)
+    if why and forced == "cpu":
+        raise _dispatch.BackendUnavailable(f"backend 'cpu' cannot run {score} attention: {why}")
+    if why:
+        if forced is None and query.device.type == "cpu" and _library.reason:
+            _library.warn_if_missing()
+        if lengths is not None and not torch.compiler.is_compiling():
+            _check_range(lengths, key.shape[1])
+        context, weights = reference(query, key, value, vector, lengths, mask, score, scale)
+        return context, weights if need_weights else None
+    grad = torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad or (vector is not None and vector.requires_grad)
+    )
+    run = _attention if grad else _attention_inference
+    context, weights = run(query, key, value, vector, lengths, mask, score, scale, need_weights)
+    return context, weights if need_weights else None
+
+
+def _check_range(lengths: Tensor, Tk: int) -> None:
+    """Raises RuntimeError as the CPU kernel does."""
+    for b, length in enumerate(lengths.tolist()):
+        if not 0 <= length <= Tk:
+            raise RuntimeError(
+                f"lengths: expected values in 0..{Tk} (the number of keys), got {length} at position {b}"
+            )
