@@ -82,9 +82,11 @@ def _fake_pack(cell: str, w_ih: Tensor, *rest: Any) -> Tensor:
 
 def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.cell = inputs[0]
-    y, saved = output[0], output[4]
+    y, _, c_n, c_all, saved = output
     ctx.save_for_backward(*inputs[1:14], y, saved)  # x to resets
-    ctx.mark_non_differentiable(saved)
+    ctx.two_states = inputs[3] is not None
+    ctx.every_state = ctx.two_states and inputs[14]
+    ctx.mark_non_differentiable(saved, *(() if ctx.two_states else (c_n,)), *(() if ctx.every_state else (c_all,)))
     ctx.set_materialize_grads(False)
 
 
@@ -92,6 +94,8 @@ def _layer_backward(
     ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc_all: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad  # cell, x, h0, c0, 8 weights, lengths, resets, return_states
+    dc_n = dc_n if ctx.two_states else None  # AOTAutograd gives zeros of shape [0] here
+    dc_all = dc_all if ctx.every_state else None
     grads = torch.ops.rnnkern.layer_backward.default(
         ctx.cell, dy, dh_n, dc_n, dc_all, *ctx.saved_tensors, needed[1], any(needed[4:12])
     )

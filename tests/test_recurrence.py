@@ -1,0 +1,311 @@
+"""The layer on every backend against the float64 reference: outputs and all gradients, for every cell."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from rnnkern.cells import CELLS
+from tests.helpers import BACKENDS, DTYPES, assert_as_accurate, make_layer, needs_kernels, threads
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+SHAPES = [
+    (1, 1, 1, 1, 1),
+    (1, 5, 9, 100, 2),
+    (7, 3, 10, 17, 2),
+    (9, 33, 20, 33, 1),
+    (19, 1, 40, 100, 1),
+]  # T, B, I, H, D
+
+
+def names(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def lengths_like(pattern: str, T: int, B: int) -> Tensor | None:
+    spread = torch.linspace(1, T, B).round().long()
+    return {
+        "none": None,
+        "sorted": spread.flip(0),
+        "unsorted": spread[torch.randperm(B)],
+        "zeros": torch.where(torch.arange(B) % 3 == 1, 0, spread),
+        "all zero": torch.zeros(B, dtype=torch.long),
+    }[pattern]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize(("T", "B", "I", "H", "D"), SHAPES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_outputs_and_gradients(cell: str, T: int, B: int, I: int, H: int, D: int, dtype: torch.dtype, isa: str) -> None:
+    bias = H != 33 or dtype in (torch.bfloat16, torch.float16)
+    layer = make_layer(cell, T, B, I, H, D=D, dtype=dtype, bias=bias, seed=T * H)
+    assert_as_accurate(layer.run("cpu"), layer.run_reference(), layer.run_torch(), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("cell", CELLS)
+def test_reference_is_as_accurate_as_torch(cell: str, dtype: torch.dtype) -> None:
+    layer = make_layer(cell, 7, 3, 10, 17, D=2, dtype=dtype)
+    assert_as_accurate(layer.run("eager"), layer.run_reference(), layer.run_torch(), dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("resets", [False, True], ids=["", "resets"])
+@pytest.mark.parametrize("pattern", ["none", "sorted", "unsorted", "zeros", "all zero"])
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_and_resets(cell: str, D: int, pattern: str, resets: bool, dtype: torch.dtype) -> None:
+    T, B = 9, 20 if pattern == "unsorted" else 7
+    layer = make_layer(
+        cell,
+        T,
+        B,
+        11,
+        18,
+        D=D,
+        dtype=dtype,
+        lengths=lengths_like(pattern, T, B),
+        resets=torch.rand(T, B) < 0.3 if resets else None,
+        every_c=True,
+    )
+    assert_as_accurate(layer.run("cpu"), layer.run_reference(), layer.run("eager"), dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets_equal_running_the_episodes(cell: str, D: int, backend: str) -> None:
+    T, H, cuts = 10, 6, [0, 3, 4, 10]
+    resets = torch.zeros(T, 1, dtype=torch.bool)
+    resets[[3, 4]] = True
+    whole = make_layer(cell, T, 1, 5, H, D=D, dtype=torch.float64, resets=resets)
+    result = whole.infer(backend)
+    for episode, (begin, end) in enumerate(pairwise(cuts)):
+        part = make_layer(cell, T, 1, 5, H, D=D, dtype=torch.float64)
+        part.x = part.x[begin:end]
+        keeps = [episode == 0, episode == 2][:D]  # which directions meet their initial state here
+        keep = torch.tensor(keeps, dtype=torch.float64)[:, None, None]
+        part.h0 = part.h0 * keep
+        part.c0 = None if part.c0 is None else part.c0 * keep
+        expected = part.infer(backend)
+        torch.testing.assert_close(result["y"][begin:end], expected["y"], rtol=0, atol=1e-14)
+        if episode == 2:
+            torch.testing.assert_close(result["h_n"][0], expected["h_n"][0], rtol=0, atol=1e-14)
+        if episode == 0 and D == 2:
+            torch.testing.assert_close(result["h_n"][1], expected["h_n"][1], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_reset_at_the_first_step_replaces_the_initial_state_forward_only(cell: str, backend: str) -> None:
+    resets = torch.tensor([[True], [False], [False]])
+    layer = make_layer(cell, 3, 1, 2, 4, D=2, dtype=torch.float64, resets=resets, every_c=True)
+    gradients = layer.run(backend)
+    assert not gradients["dh0"][0].any()
+    assert gradients["dh0"][1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_of_length_zero_keep_their_state(cell: str, backend: str) -> None:
+    layer = make_layer(cell, 4, 3, 2, 5, D=2, lengths=torch.tensor([0, 4, 0]), every_c=True)
+    result = layer.run(backend)
+    assert torch.equal(result["h_n"][:, ::2], layer.h0[:, ::2])
+    assert not result["y"][:, ::2].any()
+    assert not result["dx"][:, ::2].any()
+    assert torch.equal(result["dh0"][:, ::2], layer.cotangents[1][:, ::2])
+    if layer.c0 is not None:
+        assert torch.equal(result["c_n"][:, ::2], layer.c0[:, ::2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_may_hold_anything(cell: str, backend: str) -> None:
+    layer = make_layer(cell, 6, 3, 4, 5, D=2, lengths=torch.tensor([2, 6, 0]))
+    clean = layer.run(backend)
+    for b, length in enumerate(layer.lengths.tolist()):
+        layer.x[length:, b] = float("nan")
+    for name, value in layer.run(backend).items():
+        assert torch.equal(value, clean[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_spreads_within_its_row_only(cell: str, backend: str) -> None:
+    layer = make_layer(cell, 6, 3, 4, 5)
+    clean = layer.infer(backend)["y"]
+    layer.x[2, 1, 0] = float("nan")
+    y = layer.infer(backend)["y"]
+    assert y[2:, 1].isnan().all()
+    assert torch.equal(y[:2], clean[:2])
+    assert torch.equal(y[:, ::2], clean[:, ::2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_empty_batch(cell: str, backend: str) -> None:
+    layer = make_layer(cell, 4, 0, 3, 5, D=2)
+    result = layer.run(backend)
+    assert result["y"].shape == (4, 0, 10)
+    assert result["dx"].shape == (4, 0, 3)
+    assert not result["dw_ih"].any()
+    assert not result["db_hh_reverse"].any()
+
+
+@needs_kernels
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_strides(cell: str) -> None:
+    layer = make_layer(cell, 5, 4, 6, 7, D=2, every_c=True)
+    expected = layer.run("cpu")
+    layer.x = layer.x.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # features far apart
+    layer.h0 = layer.h0.transpose(0, 2).contiguous().transpose(0, 2)
+    layer.weights = tuple(w.t().contiguous().t() if w is not None and w.dim() == 2 else w for w in layer.weights)
+    layer.cotangents = tuple(g.transpose(0, 1).contiguous().transpose(0, 1) for g in layer.cotangents)
+    for name, value in layer.run("cpu").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_batch_first_view_is_read_in_place(cell: str) -> None:
+    layer = make_layer(cell, 5, 4, 6, 7)
+    expected = layer.run("cpu")
+    layer.x = layer.x.transpose(0, 1).contiguous().transpose(0, 1)
+    for name, value in layer.run("cpu").items():
+        assert torch.equal(value, expected[name]), name
+
+
+@needs_kernels
+@pytest.mark.parametrize("wanted", ["x", "h0", "c0", "w_ih", "b_hh"])
+def test_each_gradient_alone(wanted: str) -> None:
+    layer = make_layer("lstm", 5, 3, 4, 6)
+    expected = layer.run("cpu")[f"d{wanted}"]
+    inputs = {name: t.detach().clone().requires_grad_(name == wanted) for name, t in layer.inputs.items()}
+    y, h_n, c_n, _ = layer.forward(inputs)
+    outputs = [(y, layer.cotangents[0]), (h_n, layer.cotangents[1]), (c_n, layer.cotangents[2])]
+    (actual,) = torch.autograd.grad([o for o, _ in outputs], [inputs[wanted]], [g for _, g in outputs])
+    assert torch.equal(actual, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("used", ["y", "h_n", "c_n", "c_all"])
+def test_gradient_of_each_output_alone(used: str) -> None:
+    layer = make_layer("lstm", 5, 3, 4, 6, D=2, dtype=torch.float64)
+    found = []
+    for backend_name in ("cpu", "eager"):
+        zeros = tuple(torch.zeros_like(g) for g in layer.cotangents)
+        i = ("y", "h_n", "c_n", "c_all").index(used)
+        layer.cotangents = (*zeros[:i], torch.ones_like(zeros[i]), *zeros[i + 1 :])
+        found.append(layer.run(backend_name))
+        inputs = {name: t.detach().clone().requires_grad_() for name, t in layer.inputs.items()}
+        if backend_name == "cpu":  # outputs that nobody uses give no gradient at all, rather than zeros
+            alone = torch.autograd.grad(layer.forward(inputs)[i].sum(), list(inputs.values()))
+            for name, value in zip(inputs, alone):
+                assert torch.equal(value, found[0][f"d{name}"]), name
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+@needs_kernels
+def test_gradcheck_and_gradgradcheck(cell: str, D: int) -> None:
+    layer = make_layer(
+        cell,
+        3,
+        2,
+        2,
+        3,
+        D=D,
+        dtype=torch.float64,
+        lengths=torch.tensor([3, 2]),
+        resets=torch.tensor([[0, 0], [1, 0], [0, 0]]).bool(),
+    )
+    inputs = {name: tensor.requires_grad_() for name, tensor in layer.inputs.items()}
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(out for out in layer.forward(dict(zip(inputs, tensors))) if out.numel())
+
+    assert torch.autograd.gradcheck(run, tuple(inputs.values()))
+    assert torch.autograd.gradgradcheck(run, tuple(inputs.values()), fast_mode=True)
+
+
+@needs_kernels
+def test_double_backward_counts_a_tensor_in_two_places_once_each() -> None:
+    w = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(w: Tensor) -> Tensor:
+        layer = make_layer("rnn_tanh", 4, 2, 5, 5, dtype=torch.float64)
+        inputs = layer.inputs | {"w_ih": w, "w_hh": w * 0.5, "h0": w[None, :2]}
+        return layer.forward(inputs)[0].pow(2).sum()
+
+    assert torch.autograd.gradgradcheck(run, (w,))
+
+
+@needs_kernels
+@pytest.mark.parametrize("cell", CELLS)
+def test_third_derivative(cell: str) -> None:
+    layer = make_layer(cell, 3, 1, 2, 2, dtype=torch.float64)
+    inputs = {name: tensor for name, tensor in layer.inputs.items() if name != "x"}
+
+    def run(x: Tensor) -> Tensor:
+        (first,) = torch.autograd.grad(layer.forward({"x": x, **inputs})[0].pow(3).sum(), x, create_graph=True)
+        return first
+
+    if cell != "rnn_relu":  # its derivatives jump where finite differences may step
+        assert torch.autograd.gradgradcheck(run, (layer.x.requires_grad_(),))
+
+
+@needs_kernels
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_twice(cell: str) -> None:
+    layer = make_layer(cell, 5, 3, 4, 6, D=2)
+    inputs = {name: tensor.requires_grad_() for name, tensor in layer.inputs.items()}
+    y = layer.forward(inputs)[0]
+    first, second = (torch.autograd.grad(y.sum(), list(inputs.values()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@needs_kernels
+def test_changing_a_saved_output_in_place_is_noticed() -> None:
+    layer = make_layer("gru", 3, 2, 4, 5)
+    y = layer.forward({name: tensor.requires_grad_() for name, tensor in layer.inputs.items()})[0]
+    y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell: str) -> None:
+    # H fills its last block and no row ends early, so that `saved` holds no undefined value to compare.
+    layer = make_layer(cell, 3, 2, 2, 16, D=2, resets=torch.tensor([[0, 0], [1, 0], [0, 1]]).bool())
+    plain = (layer.x, layer.h0, layer.c0, *layer.weights, None, layer.resets)
+    wanted = tuple(t if t is None or t.dtype == torch.bool else t.detach().requires_grad_() for t in plain)
+    ops = torch.ops.rnnkern
+    torch.library.opcheck(ops.layer.default, (cell, *wanted, True))
+    torch.library.opcheck(
+        ops.layer_inference.default, (cell, *(None if t is None else t.detach() for t in plain), True, None)
+    )
+    y, _, _, _, saved = ops.layer(cell, *(None if t is None else t.detach() for t in plain), True)
+    torch.library.opcheck(
+        ops.layer_backward.default, (cell, layer.cotangents[0], None, None, None, *wanted, y, saved, True, True)
+    )
+
+
+@needs_kernels
+@pytest.mark.parametrize("cell", CELLS)
+def test_compiled_without_a_graph_break(cell: str) -> None:
+    layer = make_layer(cell, 5, 3, 4, 6, D=2, lengths=torch.tensor([5, 0, 2]))
+    inputs = {name: tensor.requires_grad_() for name, tensor in layer.inputs.items()}
+    run = torch.compile(layer.forward, fullgraph=True, backend="aot_eager")
+    with threads(1):
+        expected, actual = layer.forward(inputs), run(inputs)
+        for a, b in zip(actual, expected):
+            assert torch.equal(a, b)
+        pairs = [torch.autograd.grad(out[0].sum(), list(inputs.values())) for out in (actual, expected)]
+        for name, a, b in zip(inputs, *pairs):
+            assert torch.equal(a, b), name
