@@ -25,7 +25,7 @@ namespace {
 constexpr int kWorkspaceSlot = 0, kPackedSlot = 1;
 constexpr int kSamples = 16;                // sampled elements per weight, see stale_pack
 constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed weights
-constexpr double kSerialWork = 1e6;         // multiply-adds below which waking a thread costs more than it saves
+constexpr double kSerialWork = 4e6;         // multiply-adds below which waking a thread costs more than it saves
 
 const LayerKernels& kernels_of(int cell, Dtype dtype) {
   const std::string& name = cell_traits().at(size_t(cell)).name;

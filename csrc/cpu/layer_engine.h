@@ -111,21 +111,50 @@ struct Packed {
   }
 };
 
-// from: S [G*H, K] -> to: T [block][K][G][16], for one block. Goes in small squares, to touch each cache line once.
+// kLanes vectors of kLanes elements, transposed in place: stage by stage, blocks of m x m change places across the
+// diagonal.
+template <class T>
+RNNKERN_FN void transpose(Vec<T> (&rows)[Vec<T>::kLanes]) {
+  using V = Vec<T>;
+  constexpr int L = V::kLanes;
+  RNNKERN_UNROLL
+  for (int m = 1; m < L; m *= 2) {
+    typename V::IntValue low, high;  // lanes from the pair (a, b); b's are numbered from L on
+    for (int i = 0; i < L; ++i) {
+      low[i] = i & m ? L + i - m : i;
+      high[i] = i & m ? L + i : i + m;
+    }
+    RNNKERN_UNROLL
+    for (int i = 0; i < L; ++i) {
+      if (i & m) continue;
+      const typename V::Value a = rows[i].v, b = rows[i + m].v;
+      rows[i].v = __builtin_shuffle(a, b, low);
+      rows[i + m].v = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// from: S [G*H, K] -> to: T [block][K][G][16], for one block.
 template <class S, class T>
 void pack_block(const S* from, T* to, int gates, int64_t H, int64_t K, int64_t block) {
-  constexpr int64_t kSquare = 16;
+  using V = Vec<T>;
+  constexpr int L = V::kLanes;
   const int64_t units = min_of(int64_t(kBlock), H - block * kBlock), width = gates * kBlock;
-  for (int64_t k0 = 0; k0 < K; k0 += kSquare) {
-    const int64_t k1 = min_of(K, k0 + kSquare);
+  for (int64_t k = 0; k < K; k += L) {
+    const int count = int(min_of(int64_t(L), K - k));
     for (int g = 0; g < gates; ++g) {
-      for (int64_t j = 0; j < kBlock; ++j) {
-        T* column = to + g * kBlock + j;
-        const S* row = from + (g * H + block * kBlock + j) * K;
-        if (j < units) {
-          for (int64_t k = k0; k < k1; ++k) column[k * width] = to_compute(row[k]);
-        } else {
-          for (int64_t k = k0; k < k1; ++k) column[k * width] = T(0);
+      for (int64_t j = 0; j < kBlock; j += L) {
+        V rows[L];
+        RNNKERN_UNROLL
+        for (int i = 0; i < L; ++i) {
+          const S* row = from + (g * H + block * kBlock + j + i) * K + k;
+          rows[i] = j + i < units ? load_lanes(row, count) : V(T(0));
+        }
+        transpose(rows);
+        T* column = to + k * width + g * kBlock + j;
+        RNNKERN_UNROLL
+        for (int i = 0; i < L; ++i) {
+          if (i < count) rows[i].store(column + i * width);
         }
       }
     }
