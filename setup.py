@@ -33,7 +33,7 @@ def check_tools() -> None:
         ) from None
     compiler = os.environ.get("CXX") or "g++"
     if shutil.which(compiler.split()[0]) is None:
-        raise SystemExit(f"rnnkern needs a C++17 compiler, g++ 11 or later, and {compiler} is not found (apt install g++)")
+        raise SystemExit(f"rnnkern needs a C++17 compiler, and {compiler} is not found (apt install g++, 11 or later)")
 
 
 class FreshBuild(build):

@@ -1,0 +1,78 @@
+"""What is packed: the wheel holds the library and no sources, the source distribution holds what builds it."""
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not run from a source tree")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from the tree without network; what CMake built before is used again."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-index"]
+    command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (found,) = folder.glob("rnnkern-*.whl")
+    return found
+
+
+def test_wheel_holds_the_package_once(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len(names) == len(set(names))
+    packed = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
+    binaries = {name for name in packed if name.endswith(".so")}
+    assert "rnnkern/librnnkern.so" in binaries
+    assert [name.split(".")[0] for name in sorted(binaries - {"rnnkern/librnnkern.so"})] == ["rnnkern/_C"]
+    tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "rnnkern").rglob("*.py")}
+    assert packed - binaries == tracked | {"rnnkern/py.typed", "rnnkern/_bench/probes.cpp"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_wheel_runs_from_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "import rnnkern, torch; from rnnkern import _library; assert _library.available, _library.reason; "
+    code += "print(rnnkern.__file__); rnnkern.nn.LSTM(3, 4)(torch.ones(2, 1, 3))"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(tmp_path / "rnnkern" / "__init__.py")
+
+
+def test_source_distribution_builds_the_rest(tmp_path: Path) -> None:
+    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {name.split("/", 1)[1] for name in packed.getnames() if "/" in name}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert sources <= names
+    assert {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md", "rnnkern/__init__.py"} <= names
+    assert not {name for name in names if name.endswith((".so", ".pyc")) or name.startswith(("build/", ".venv"))}
+
+
+def test_makefile_installs_what_the_build_requires() -> None:
+    required = re.search(r"^requires = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    tools = re.search(r"^BUILD_TOOLS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert required is not None
+    assert tools is not None
+    assert re.findall(r'"(.*?)"', tools[1]) == re.findall(r'"(.*?)"', required[1])
+
+
+def test_one_version() -> None:
+    import rnnkern
+
+    declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert rnnkern.__version__ == declared[1]
