@@ -1,0 +1,112 @@
+"""RNNCell, LSTMCell and GRUCell in the place of torch's."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import rnnkern
+from tests.helpers import BACKENDS
+
+KINDS = [("RNNCell", {}), ("RNNCell", {"nonlinearity": "relu"}), ("LSTMCell", {}), ("GRUCell", {})]
+B, I, H = 3, 4, 5
+
+
+def pair(kind: str, **options: Any) -> tuple[torch.nn.RNNCellBase, torch.nn.RNNCellBase]:
+    modules = []
+    for library in (rnnkern.nn, torch.nn):
+        torch.manual_seed(0)
+        modules.append(getattr(library, kind)(I, H, **options))
+    return modules[0], modules[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("kind", "more"), KINDS, ids=lambda v: v if isinstance(v, str) else "-".join(v.values()))
+def test_same_as_torch(kind: str, more: dict[str, str], bias: bool, backend: str) -> None:
+    ours, peer = pair(kind, bias=bias, **more)
+    assert repr(ours) == repr(peer)
+    assert isinstance(ours, torch.nn.RNNCellBase)
+    ours.load_state_dict(peer.state_dict(), strict=True)
+    peer.load_state_dict(ours.state_dict(), strict=True)
+    for shape in ((B,), ()):
+        states = [torch.randn(*shape, H) for _ in range(2 if kind == "LSTMCell" else 1)]
+        for given in (None, states):
+            results = []
+            for module in (ours, peer):
+                module.zero_grad()
+                x = torch.randn(*shape, I, generator=torch.Generator().manual_seed(2)).requires_grad_()
+                hx = None if given is None else [s.clone().requires_grad_() for s in given]
+                with rnnkern.backend(backend):
+                    out = module(x, None if hx is None else hx[0] if len(hx) == 1 else tuple(hx))
+                leaves = tree_leaves(out)
+                sum((leaf * torch.linspace(-1, 1, leaf.numel()).view(leaf.shape)).sum() for leaf in leaves).backward()
+                results.append([*leaves, x.grad, *(s.grad for s in hx or ()), *(p.grad for p in module.parameters())])
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "more"), KINDS, ids=lambda v: v if isinstance(v, str) else "-".join(v.values()))
+def test_same_weights_from_the_same_seed(kind: str, more: dict[str, str]) -> None:
+    ours, peer = pair(kind, **more)
+    for (name, value), (peer_name, peer_value) in zip(
+        ours.state_dict().items(), peer.state_dict().items(), strict=True
+    ):
+        assert name == peer_name
+        assert torch.equal(value, peer_value)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_steps_equal_the_layer_bit_for_bit(kind: str) -> None:
+    layer, cell = getattr(rnnkern.nn, kind)(I, H), getattr(rnnkern.nn, f"{kind}Cell")(I, H)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in layer.state_dict().items()})
+    x = torch.randn(6, B, I)
+    with torch.no_grad():
+        expected, state = layer(x)[0], None
+        for t in range(6):
+            state = cell(x[t], state)
+            assert torch.equal(state[0] if kind == "LSTM" else state, expected[t])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_other_dtypes(kind: str, dtype: torch.dtype) -> None:
+    ours, peer = pair(kind, dtype=dtype)
+    x = torch.randn(B, I, dtype=dtype)
+    for a, b in zip(tree_leaves(ours(x)), tree_leaves(peer(x)), strict=True):
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_copies_leave_the_cache_behind(kind: str) -> None:
+    module, _ = pair(kind)
+    x = torch.randn(1, I)
+    with torch.no_grad():
+        for _ in range(3):
+            expected = module(x)
+        for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert not other._packs._entries
+            assert all(torch.equal(a, b) for a, b in zip(tree_leaves(other(x)), tree_leaves(expected)))
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_empty_batch_and_meta(kind: str) -> None:
+    ours, peer = pair(kind)
+    for a, b in zip(tree_leaves(ours(torch.ones(0, I))), tree_leaves(peer(torch.ones(0, I))), strict=True):
+        assert a.shape == b.shape
+    meta = getattr(rnnkern.nn, kind)(I, H, device="meta")
+    assert all(leaf.shape == (B, H) for leaf in tree_leaves(meta(torch.ones(B, I, device="meta"))))
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_compiled_without_a_graph_break(kind: str) -> None:
+    module, _ = pair(kind)
+    run = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(B, I)
+    torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
