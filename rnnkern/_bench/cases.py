@@ -81,7 +81,7 @@ def runner(case: Case, module: nn.Module) -> Callable[[], object]:
         return forward
     x.requires_grad_()
     wanted = [x, *module.parameters()]
-    gradient = torch.ones_like(first_tensor(module(x)))
+    gradient = torch.ones(*shape[:-1], case.H * (2 if case.bidirectional else 1), dtype=case.dtype)
 
     def forward_backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(first_tensor(module(x)), wanted, gradient)
