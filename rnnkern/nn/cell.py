@@ -78,9 +78,9 @@ class _Cell(torch.nn.RNNCellBase):
             raise RuntimeError(
                 f"Input batch size {x.shape[0]} doesn't match hidden{index} batch size {hidden.shape[0]}"
             )
-        if hidden.dim() != 2 or hidden.shape[1] != self.hidden_size:
+        if hidden.size(1) != self.hidden_size or hidden.dim() != 2:  # a missing dimension is an IndexError, as in torch
             raise RuntimeError(
-                f"hidden{index} has inconsistent hidden_size: got {hidden.shape[-1]}, expected {self.hidden_size}"
+                f"hidden{index} has inconsistent hidden_size: got {hidden.size(1)}, expected {self.hidden_size}"
             )
         if hidden.device != x.device:
             raise RuntimeError(

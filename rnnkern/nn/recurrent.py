@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops.recurrence import PackCache, Weights, check_lengths, recurrence
 
-_CELLS = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu", "LSTM": "lstm", "GRU": "gru"}
+_TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its name in capitals
 _KEYWORDS = """
     Besides torch's arguments, `forward` takes these keywords:
 
@@ -37,8 +38,17 @@ class _Recurrent(torch.nn.RNNBase):
     _packs: PackCache
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(mode, *args, **kwargs)
+        own = mode not in _TORCH_MODES
+        super().__init__("RNN_TANH" if own else mode, *args, **kwargs)
         self._packs = PackCache()
+        if own:  # a cell that torch does not know: one gate's parameters become G gates'
+            self.mode = mode
+            gates = len(CELLS[mode.lower()].gates)
+            for name, parameter in list(self._parameters.items()):
+                assert parameter is not None
+                H, *rest = parameter.shape
+                setattr(self, name, torch.nn.Parameter(parameter.new_empty(gates * H, *rest)))
+            self.reset_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -157,6 +167,8 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _time_major_resets(self, resets: Tensor, T: int, B: int, batched: bool, device: torch.device) -> Tensor:
         """Returns resets as [T, B]; raises RuntimeError unless they are bool, in the input's layout, on its device."""
+        if not isinstance(resets, Tensor):
+            raise TypeError(f"resets must be a tensor, got {type(resets).__name__}")
         expected = [T] if not batched else [B, T] if self.batch_first else [T, B]
         if list(resets.shape) != expected:
             raise RuntimeError(
@@ -182,7 +194,7 @@ class _Recurrent(torch.nn.RNNBase):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The stack of layers: y [T, B, D*H], h_n, c_n and every c of the last layer, the latter two in x's dtype."""
         D, L = 2 if self.bidirectional else 1, self.num_layers
-        cell = _CELLS[self.mode]
+        cell = self.mode.lower()
         dtype = x.dtype
         if c is not None:
             c = c.to(compute_dtype(dtype))

@@ -201,6 +201,8 @@ class PackCache:
 
 def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
     """Returns lengths as an int64 tensor on the CPU, [B]; raises RuntimeError if one is not within 0..T."""
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
     if lengths.dim() != 1 or lengths.shape[0] != B:
         raise RuntimeError(f"lengths must have one entry per row. Expected shape [{B}], got {list(lengths.shape)}")
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
