@@ -108,13 +108,15 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.score = score
         for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
+            self.register_parameter(name, parameter)
+        for name, child in module.named_children():  # torch's own Linear modules
+            self.add_module(name, child)
 
     def project_keys(self, key: Tensor) -> Tensor:
         """Projects the keys once per source."""
         if self.score == "general":
             return key @ self.weight.t()  # [B, Tk, Dq]
-        return key @ self.key_weight.t() if self.score == "additive" else key
+        return self.key_projection(key) if self.score == "additive" else key  # [B, Tk, A] or [B, Tk, Dk]
 
     def forward(
         self,
@@ -128,7 +130,7 @@ class PlainAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Gives the context and, if asked for, the weights."""
         if self.score == "additive":
-            mixed = (query @ self.query_weight.t()).unsqueeze(2) + projected_key.unsqueeze(1)  # [B, Tq, Tk, A]
+            mixed = self.query_projection(query).unsqueeze(2) + projected_key.unsqueeze(1)  # [B, Tq, Tk, A]
             scores = mixed.tanh() @ self.vector
         else:
             scores = query @ projected_key.transpose(1, 2)  # [B, Tq, Tk]

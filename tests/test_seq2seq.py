@@ -1,0 +1,266 @@
+"""Encoder, decoder and loss: shapes, padding, steps against teacher forcing, gradients, bad input."""
+
+import pytest
+import torch
+
+from rnnkern.seq2seq import Decoder, Encoder, Seq2Seq, greedy_search
+from tests.seq2seq_models import ATTENTIONS, CELLS, END, LETTERS, PADDING, PHONES, START, make_batch, make_model
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_shapes(cell: str, attention: str, batch_first: bool) -> None:
+    model = make_model(cell, attention, encoder_layers=2, decoder_layers=3, batch_first=batch_first)
+    source, target, lengths = make_batch()
+    if batch_first:
+        source, target = source.t(), target.t()
+    memory, state = model.encoder(source, lengths)
+    assert memory.shape == ((4, 7, 10) if batch_first else (7, 4, 10))
+    for part in state if cell == "lstm" else (state,):
+        assert part.shape == (3, 4, 10)
+    prepared, _ = model.encode(source, lengths)
+    assert prepared.values.shape == (4, 7, 10)
+    inputs = target[:, :-1] if batch_first else target[:-1]
+    need_weights = attention != "none"
+    logits, after, weights = model.decoder(inputs, state, prepared, need_weights=need_weights)
+    assert logits.shape == ((4, 5, PHONES) if batch_first else (5, 4, PHONES))
+    assert type(after) is type(state)
+    assert (weights.shape == (4, 5, 7)) if need_weights else (weights is None)
+    step_logits, _, step_weights = model.decoder.step(target[:, 0] if batch_first else target[0], state, prepared)
+    assert step_logits.shape == (4, PHONES)
+    assert step_weights is None
+    assert torch.equal(model(source, target, lengths), logits)
+
+
+def test_batch_first_is_the_same_computation() -> None:
+    source, target, lengths = make_batch()
+    expected = make_model()(source, target, lengths)
+    actual = make_model(batch_first=True)(source.t(), target.t(), lengths)
+    torch.testing.assert_close(actual.transpose(0, 1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_direction_hands_its_final_state_over(cell: str) -> None:
+    model = make_model(cell, bidirectional=False)
+    source, _, _ = make_batch()
+    assert not any("bridge" in name for name, _ in model.named_parameters())
+    memory, state = model.encoder(source)
+    hidden = state[0] if cell == "lstm" else state
+    torch.testing.assert_close(hidden[0], memory[-1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_padding_does_not_change_a_row(cell: str, attention: str) -> None:
+    model = make_model(cell, attention, encoder_layers=2)
+    source, target, lengths = make_batch()
+    together = model(source, target, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        alone = model(source[:length, row : row + 1], target[:, row : row + 1])
+        torch.testing.assert_close(together[:, row : row + 1], alone, rtol=0, atol=1e-12)
+    source[source == PADDING] = LETTERS - 1  # what stands past a row's length is never read
+    assert torch.equal(model(source, target, lengths), together)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_equal_teacher_forcing(cell: str, attention: str) -> None:
+    model = make_model(cell, attention, decoder_layers=2)
+    source, target, lengths = make_batch()
+    logits = model(source, target, lengths)
+    memory, state = model.encode(source, lengths)
+    for position in range(target.shape[0] - 1):
+        step, state, _ = model.decoder.step(target[position], state, memory)
+        torch.testing.assert_close(step, logits[position], rtol=0, atol=1e-12)
+
+
+def test_source_without_symbols() -> None:
+    """A row of length zero attends to nothing: finite numbers, no gradient into its memory."""
+    model = make_model("gru")
+    source, target, lengths = make_batch()
+    lengths[2] = 0
+    model.loss(source, target, lengths).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    result = greedy_search(model.eval(), source, lengths, start=START, end=END, max_length=3, need_weights=True)
+    assert result.weights is not None
+    assert (result.weights[2] == 0).all()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_reach_every_parameter(cell: str, attention: str) -> None:
+    model = make_model(cell, attention, encoder_layers=2, decoder_layers=2)
+    source, target, lengths = make_batch()
+    model.loss(source, target, lengths).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+    assert (model.encoder.embedding.weight.grad[PADDING] == 0).all()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_gradient_is_that_of_finite_differences(attention: str) -> None:
+    model = make_model("gru", attention)
+    source, target, lengths = make_batch()
+    model.loss(source, target, lengths).backward()
+    generator = torch.Generator().manual_seed(3)
+    step = 1e-6
+    for name, parameter in model.named_parameters():
+        direction = torch.randn(parameter.shape, dtype=parameter.dtype, generator=generator)
+        if "embedding" in name:
+            direction[PADDING] = 0  # held at zero
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign * step)
+                losses.append(model.loss(source, target, lengths).item())
+                parameter.add_(direction, alpha=-sign * step)
+        expected = (losses[0] - losses[1]) / (2 * step)
+        actual = (parameter.grad * direction).sum().item()
+        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-8), name
+
+
+def test_loss_is_cross_entropy_per_symbol_without_padding() -> None:
+    model = make_model()
+    source, target, lengths = make_batch()
+    log_probabilities = model(source, target, lengths).log_softmax(-1)
+    total, count = 0.0, 0
+    for row in range(4):
+        for position in range(1, target.shape[0]):
+            if target[position, row] != PADDING:
+                total -= log_probabilities[position - 1, row, target[position, row]].item()
+                count += 1
+    assert count < 4 * (target.shape[0] - 1)
+    assert model.loss(source, target, lengths).item() == pytest.approx(total / count, rel=1e-12)
+    more = torch.cat((target, torch.zeros(3, 4, dtype=torch.int64)))
+    torch.testing.assert_close(
+        model.loss(source, more, lengths), model.loss(source, target, lengths), rtol=1e-12, atol=0
+    )
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = make_model(dropout=0.5, encoder_layers=2)
+    source, target, lengths = make_batch()
+    assert not torch.equal(model(source, target, lengths), model(source, target, lengths))
+    model.eval()
+    assert torch.equal(model(source, target, lengths), model(source, target, lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = make_model("lstm", "general", dtype=dtype, encoder_layers=2)
+    source, target, lengths = make_batch()
+    model.loss(source, target, lengths).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    result = greedy_search(model.eval(), source, lengths, start=START, end=END, max_length=5, need_weights=True)
+    assert result.scores.isfinite().all()
+
+
+def test_state_dict_round_trip() -> None:
+    source, target, lengths = make_batch()
+    model, other = make_model("gru", "additive", seed=0), make_model("gru", "additive", seed=1)
+    assert not torch.equal(model(source, target, lengths), other(source, target, lengths))
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(model(source, target, lengths), other(source, target, lengths))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cell": "sru"}, "cell"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"vocabulary_size": -1}, "vocabulary_size"),
+        ({"num_layers": 0}, "num_layers"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+    ],
+    ids=str,
+)
+def test_bad_constructor_arguments(change: dict, message: str) -> None:
+    options = {"vocabulary_size": 9, "embedding_size": 4, "hidden_size": 4} | change
+    with pytest.raises(ValueError, match=message):
+        Encoder(**options)
+    with pytest.raises(ValueError, match=message):
+        Decoder(**options, memory_size=8)
+
+
+def test_bad_attention() -> None:
+    with pytest.raises(ValueError, match=r"attention: expected one of .*got 'local'"):
+        Decoder(9, 4, 4, 8, attention="local")
+    with pytest.raises(ValueError, match="hidden_size 4 and memory_size 8"):
+        Decoder(9, 4, 4, 8, attention="dot")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory_size": 9}, "memory_size 8"),
+        ({"hidden_size": 5}, "hidden_size 4"),
+        ({"num_layers": 2}, "num_layers 1"),
+        ({"batch_first": True}, "batch_first False"),
+        ({"cell": "gru"}, "cell 'gru'"),
+    ],
+    ids=str,
+)
+def test_encoder_and_decoder_that_do_not_fit(options: dict, message: str) -> None:
+    encoder = Encoder(9, 4, 4)
+    decoder = Decoder(**({"vocabulary_size": 9, "embedding_size": 4, "hidden_size": 4, "memory_size": 8} | options))
+    with pytest.raises(ValueError, match=message):
+        Seq2Seq(encoder, decoder)
+
+
+def test_bad_tensors() -> None:
+    model = make_model(dtype=torch.float32)
+    source, target, lengths = make_batch()
+    with pytest.raises(ValueError, match="source: expected a 2-D tensor, got shape"):
+        model(source[0], target)
+    with pytest.raises(ValueError, match="tokens: expected a 2-D tensor, got shape"):
+        model.encoder(source[None])
+    with pytest.raises(ValueError, match="target: expected a 2-D tensor, got shape"):
+        model(source, target[0])
+    with pytest.raises(RuntimeError, match=r"source: expected int64 or int32, got torch\.float32"):
+        model(source.float(), target)
+    with pytest.raises(RuntimeError, match="target: expected int64 or int32"):
+        model.loss(source, target.float())
+    with pytest.raises(ValueError, match="target: expected start and end"):
+        model(source, target[:1])
+    with pytest.raises(RuntimeError, match=r"target: expected the batch size 4 of source, got shape \[6, 3\]"):
+        model(source, target[:, :3])
+    with pytest.raises(RuntimeError, match=r"lengths: expected shape \[4\], got \[3\]"):
+        model(source, target, lengths[:3])
+    with pytest.raises(RuntimeError, match=r"lengths: expected values from 0 to 7, got 1 to 8"):
+        model(source, target, lengths + (lengths == 7))
+    with pytest.raises(RuntimeError, match="lengths: expected values from 0 to 7, got -1"):
+        model(source, target, lengths - 2)
+    with pytest.raises(RuntimeError, match=r"lengths: expected int64, got torch\.float32"):
+        model(source, target, lengths.float())
+    with pytest.raises(IndexError):
+        model(source + LETTERS, target)
+    with pytest.raises(RuntimeError, match="sequence length"):
+        model(source[:0], target)
+
+
+def test_bad_arguments_of_the_decoder() -> None:
+    model = make_model()
+    source, target, lengths = make_batch()
+    memory, state = model.encode(source, lengths)
+    with pytest.raises(RuntimeError, match="tokens: expected the batch size 4 of memory, got 3"):
+        model.decoder(target[:, :3], state, memory)
+    with pytest.raises(ValueError, match="tokens: expected a 1-D tensor"):
+        model.decoder.step(target, state, memory)
+    with pytest.raises(RuntimeError):
+        model.decoder.step(target[0], (state[0][:, :3], state[1]), memory)
+    with pytest.raises(ValueError, match="memory: expected a 3-D tensor, got shape"):
+        model.decoder.prepare(memory.values[0])
+    with pytest.raises(RuntimeError, match="memory: expected last size 10, got shape"):
+        model.decoder.prepare(memory.values[:, :, :4])
+
+
+def test_nan_in_a_weight_reaches_the_loss() -> None:
+    model = make_model()
+    source, target, lengths = make_batch()
+    with torch.no_grad():
+        model.encoder.embedding.weight[int(source[0, 1]), 0] = float("nan")
+    assert model.loss(source, target, lengths).isnan()
