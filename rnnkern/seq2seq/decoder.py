@@ -61,6 +61,8 @@ class Decoder(nn.Module):
             [0, 1).
 
     Example:
+        >>> import torch
+        >>> from rnnkern.seq2seq import Decoder
         >>> decoder = Decoder(40, 16, 32, memory_size=64, attention="general", cell="gru")
         >>> memory = decoder.prepare(torch.randn(7, 3, 64), torch.tensor([7, 2, 5]))
         >>> logits, state, _ = decoder(torch.randint(1, 40, (5, 3)), torch.zeros(1, 3, 32), memory)

@@ -43,6 +43,8 @@ class Encoder(nn.Module):
         ValueError: an unknown cell, a size below 1, a dropout outside [0, 1).
 
     Example:
+        >>> import torch
+        >>> from rnnkern.seq2seq import Encoder
         >>> encoder = Encoder(30, 16, 32, cell="gru")
         >>> memory, state = encoder(torch.randint(1, 30, (7, 3)), torch.tensor([7, 2, 5]))
         >>> memory.shape, state.shape

@@ -26,10 +26,13 @@ class Seq2Seq(nn.Module):
         ValueError: encoder and decoder do not fit each other.
 
     Example:
+        >>> import torch
+        >>> from rnnkern.seq2seq import Decoder, Encoder, Seq2Seq
         >>> encoder = Encoder(30, 16, 32)
         >>> model = Seq2Seq(encoder, Decoder(40, 16, 32, encoder.memory_size, attention="additive"))
         >>> source, target = torch.randint(1, 30, (7, 3)), torch.randint(1, 40, (6, 3))
-        >>> model.loss(source, target, torch.tensor([7, 2, 5])).backward()
+        >>> loss = model.loss(source, target, torch.tensor([7, 2, 5]))
+        >>> loss.backward()
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder) -> None:

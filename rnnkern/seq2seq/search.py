@@ -61,8 +61,15 @@ def greedy_search(
         RuntimeError: wrong dtype, lengths that do not fit.
 
     Example:
-        >>> result = greedy_search(model.eval(), source, lengths, start=1, end=2, max_length=30)
-        >>> rows = [row[:n].tolist() for row, n in zip(result.tokens, result.lengths)]
+        >>> import torch
+        >>> from rnnkern.seq2seq import Decoder, Encoder, Seq2Seq, greedy_search
+        >>> encoder = Encoder(30, 16, 32)
+        >>> model = Seq2Seq(encoder, Decoder(40, 16, 32, encoder.memory_size)).eval()
+        >>> source, lengths = torch.randint(1, 30, (7, 3)), torch.tensor([7, 2, 5])
+        >>> result = greedy_search(model, source, lengths, start=1, end=2, max_length=20)
+        >>> rows = [row[:length].tolist() for row, length in zip(result.tokens, result.lengths)]
+        >>> len(rows)
+        3
     """
     if max_length < 0:
         raise ValueError(f"max_length: expected at least 0, got {max_length}")
