@@ -292,7 +292,7 @@ def test_opcheck(cell: str) -> None:
     )
     y, _, _, _, saved = ops.layer(cell, *(None if t is None else t.detach() for t in plain), True)
     torch.library.opcheck(
-        ops.layer_backward.default, (cell, layer.cotangents[0], None, None, None, *wanted, y, saved, True, True)
+        ops.layer_backward.default, (cell, layer.cotangents[0], None, None, None, *wanted, y, saved, True, True, True)
     )
 
 

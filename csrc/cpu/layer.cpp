@@ -145,7 +145,7 @@ void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, con
   const ParallelFor threads = limited(parallel, plan.members);
   if (in.packed && !stale_pack(cell, in)) {
     plan.packed = const_cast<uint64_t*>(static_cast<const uint64_t*>(in.packed)) + kFingerprint;
-  } else {
+  } else if (plan.steps > 1) {
     void* packed = workspace(kPackedSlot, size_t(packed_size(cell, in) * compute_size(in.dtype)));
     pack_layer(cell, in, packed, threads);
     plan.packed = static_cast<uint64_t*>(packed) + kFingerprint;
@@ -163,7 +163,7 @@ void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad,
   const ParallelFor threads = limited(parallel, plan.members);
   plan.workspace = workspace(kWorkspaceSlot, kernels.backward_bytes(plan));
   const int64_t panels = kernels.backward_panels(in);
-  run_parallel(threads, in.D * panels, [&](int64_t begin, int64_t end) {
+  run_parallel(threads, plan.steps > 1 ? in.D * panels : 0, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels.pack_transposed(plan, int(i / panels), i % panels, i % panels + 1);
   });
   run_team(threads, plan.members, [&](const Member& member) { kernels.backward(plan, grad, member); });

@@ -50,7 +50,7 @@ struct LayerGradients {
   const void* y;       // what forward gave
   const void* saved;
   void* dx;   // S [T, B, I] or null: not wanted
-  void* dh0;  // S [D, B, H]
+  void* dh0;  // S [D, B, H] or null: neither dh0 nor dc0 is wanted
   void* dc0;  // C [D, B, H] or null
   struct Weights {
     void *dw_ih, *dw_hh, *db_ih, *db_hh;  // S, shapes of the weights; biases null where there are none

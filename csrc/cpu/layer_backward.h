@@ -21,7 +21,7 @@ class Backward {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   static constexpr int kSplit = Cell::kSplitGates, kSlots = kGates + kSplit;
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
-  static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8, kChunkRows = 256;
+  static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8, kInputPanels = 4, kChunkRows = 256;
   static constexpr int64_t kRunBlocks = kRun / kBlock / kGates;  // unit blocks in a run
   static constexpr int kWeightPanel = 2;                         // blocks of columns of dW at a time
 
@@ -38,28 +38,11 @@ class Backward {
 
   static void pack_transposed(const LayerPlan& plan, int d, int64_t begin, int64_t end) {
     const Backward engine(plan, LayerGradients{}, -1, plan.workspace);
-    const LayerInputs& in = *plan.in;
     for (int64_t panel = begin; panel < end; ++panel) {
       const bool hidden = panel < engine.blocks_;
-      const int64_t column = (hidden ? panel : panel - engine.blocks_) * kBlock, columns = hidden ? in.H : in.I;
-      const S* from = static_cast<const S*>(hidden ? in.weights[d].w_hh : in.weights[d].w_ih);
-      T* to = hidden ? engine.w_hh_[d] : engine.w_ih_[d];
-      to += column / kBlock * engine.panel_stride_;
-      const int64_t valid = min_of(int64_t(kBlock), columns - column);
-      for (int64_t block = 0; block < engine.blocks_; ++block) {
-        for (int slot = 0; slot < kGates; ++slot) {
-          const int gate = hidden ? gate_of_dgh(slot) : slot;
-          for (int64_t j = 0; j < kBlock; ++j, to += kBlock) {
-            const int64_t unit = block * kBlock + j;
-            int64_t n = 0;
-            if (unit < in.H) {
-              const S* row = from + (gate * in.H + unit) * columns + column;
-              for (; n < valid; ++n) to[n] = to_compute(row[n]);
-            }
-            for (; n < kBlock; ++n) to[n] = T(0);
-          }
-        }
-      }
+      const int64_t column = hidden ? panel : panel - engine.blocks_;
+      engine.pack_panels(d, hidden, column, 1,
+                         (hidden ? engine.w_hh_ : engine.w_ih_)[d] + column * engine.panel_stride_);
     }
   }
 
@@ -84,8 +67,8 @@ class Backward {
     chunk_ = max_of(int64_t(1), kChunkRows / max_of(int64_t(1), in_.B));
     rows_stride_ = (chunk_ * in_.B | 1) * kBlock;  // an odd number of cache lines: slot blocks fall into different sets
     for (int d = 0; d < in_.D; ++d) {
-      w_hh_[d] = arena.take<T>(size_t(blocks_ * panel_stride_));
-      w_ih_[d] = arena.take<T>(size_t(input_blocks * panel_stride_));
+      w_hh_[d] = arena.take<T>(size_t(plan.steps > 1 ? blocks_ * panel_stride_ : 0));
+      w_ih_[d] = arena.take<T>(size_t(plan.steps > 1 ? input_blocks * panel_stride_ : 0));
       for (T*& gates : gates_[d]) gates = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
       for (T*& carry : carry_[d]) carry = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
       dx_[d] = in_.D == 2 ? arena.take<T>(size_t(in_.T * in_.B * in_.I)) : nullptr;
@@ -108,7 +91,9 @@ class Backward {
       T* half1 = arena.take<T>(size_t(panel));
       T* columns = arena.take<T>(size_t(kWeightPanel * chunk_ * in_.B * kBlock));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
+      T* panels = arena.take<T>(size_t(plan.steps > 1 ? 0 : kInputPanels * panel_stride_));
       if (i == member) {
+        panels_ = panels;
         half_[0] = half0;
         half_[1] = half1;
         columns_ = columns;
@@ -116,6 +101,30 @@ class Backward {
       }
     }
     bytes_ = arena.used();
+  }
+
+  // Column blocks [block, block + count) of the transposed weights, [column block][unit block][slot][16 units][16].
+  void pack_panels(int d, bool hidden, int64_t block, int64_t count, T* to) const {
+    const int64_t columns = hidden ? in_.H : in_.I;
+    const S* from = static_cast<const S*>(hidden ? in_.weights[d].w_hh : in_.weights[d].w_ih);
+    for (int64_t k = 0; k < blocks_ * kGates * kBlock; ++k) {
+      const int slot = int(k / kBlock % kGates), gate = hidden ? gate_of_dgh(slot) : slot;
+      const int64_t unit = k / (kBlock * kGates) * kBlock + k % kBlock;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t column = (block + i) * kBlock;
+        for (int j = 0; j < kBlock; j += V::kLanes) {
+          const int lanes = unit < in_.H ? int(min_of(int64_t(V::kLanes), columns - column - j)) : 0;
+          const S* row = from + (gate * in_.H + unit) * columns + column + j;
+          (lanes > 0 ? load_lanes(row, lanes) : V(T(0))).store(to + i * panel_stride_ + k * kBlock + j);
+        }
+      }
+    }
+  }
+  // The same where the workspace holds them all (`packed`), or packed now for one step.
+  const T* panels_of(const T* packed, int d, bool hidden, int64_t block, int64_t count) const {
+    if (plan_.steps > 1) return packed + block * panel_stride_;
+    pack_panels(d, hidden, block, count, panels_);
+    return panels_;
   }
 
   int64_t time_of(int d, int64_t step) const { return d == 0 ? plan_.steps - 1 - step : step; }
@@ -129,7 +138,7 @@ class Backward {
   void run_direction(int d, const Share& share, const Member& member) {
     const Range rows = rows_of(plan_, share), blocks = blocks_of(plan_, share), own = part_of(blocks_, share);
     start(d, rows, blocks);
-    if (grad_.need_dw) clear_weights(d, own);
+    if (grad_.need_dw && plan_.steps == 0) clear_weights(d, own);
     const T* done = nullptr;  // gate gradients of the step just done, from their first row
     int64_t done_rows = 0, done_time = 0;
     for (int64_t step = 0, chunk = 0; step < plan_.steps; step += chunk_, ++chunk) {
@@ -150,7 +159,12 @@ class Backward {
       }
       // All gate gradients of the chunk are needed now; after this the other buffer is free again.
       member.barrier();
-      if (grad_.dx) input_gradients(d, part_of(count, share), step, steps, chunk);
+      if (grad_.dx) {  // by rows, or by columns where each weight is to be read once
+        const Range all_rows{0, count}, all_columns{0, blocks_of(in_.I)};
+        const bool by_columns = plan_.steps == 1;
+        input_gradients(d, by_columns ? all_rows : part_of(count, share),
+                        by_columns ? part_of(all_columns.end, share) : all_columns, step, steps, chunk);
+      }
       if (grad_.need_dw) weight_gradients(d, own, step, steps, chunk, count);
     }
     run_step(d, share, rows, blocks, -1, 0, 0, plan_.steps, done, done_rows, done_time);
@@ -179,6 +193,7 @@ class Backward {
   }
 
   void store_initial(int s, int64_t at, V value, int lanes) const {
+    if (!grad_.dh0) return;
     if (s == 0) {
       store_lanes(static_cast<S*>(grad_.dh0) + at, value, lanes);
     } else {
@@ -191,19 +206,21 @@ class Backward {
   void run_step(int d, const Share& share, const Range& rows, const Range& blocks, int64_t t, int64_t chunk,
                 int64_t chunk_row, int64_t step, const T* done, int64_t done_rows, int64_t done_time) {
     const int64_t alive = t < 0 ? 0 : rows_alive(plan_, rows, t);
-    const int64_t through = max_of(int64_t(0), min_of(done_rows, rows.end) - rows.begin), cut = half_cut(blocks_);
-    const int64_t count = max_of(alive, through);
+    const int64_t done_here = max_of(int64_t(0), min_of(done_rows, rows.end) - rows.begin), cut = half_cut(blocks_);
+    const int64_t through = grad_.dh0 ? done_here : min_of(alive, done_here);  // rows that have come to their beginning
+    const int64_t count = max_of(alive, through);                              // matter for dh0 and dc0 only
     bool waited = !share.unit_split || step == 0;
     const auto wait = [&] {
       if (!waited) wait_for_others(plan_, share, step);
       waited = true;
     };
     const int own = blocks.begin == 0 && blocks.end >= cut ? 0 : blocks.begin <= cut && blocks.end == blocks_ ? 1 : -1;
-    const int64_t panel_blocks = count <= 3 ? kPanelBlocks : 4;
+    const int64_t panel_blocks = count <= 3 && plan_.steps > 1 ? kPanelBlocks : kInputPanels;
     const int64_t panels = (blocks.end - blocks.begin + panel_blocks - 1) / panel_blocks;
     for (int64_t i = 0; i < panels; ++i) {
       const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * panel_blocks;
       const int64_t panel = min_of(panel_blocks, blocks.end - begin);
+      const T* weights = through > 0 ? panels_of(w_hh_[d], d, true, begin, panel) : nullptr;
       for (int64_t m = 0; m < count; m += kPanelRows) {
         const int64_t panel_rows = min_of(kPanelRows, count - m);
         const int64_t product_rows = max_of(int64_t(0), min_of(panel_rows, through - m));
@@ -211,7 +228,7 @@ class Backward {
         for (int turn = 0; turn < 2; ++turn) {
           const int half = own == 1 ? 1 - turn : turn;
           if (turn == 1) wait();
-          if (product_rows > 0) multiply(d, done + (rows.begin + m) * kBlock, product_rows, begin, panel, half);
+          if (product_rows > 0) multiply(weights, done + (rows.begin + m) * kBlock, product_rows, panel, half);
         }
         for (int64_t block = 0; block < panel; ++block) {
           for (int64_t r = 0; r < panel_rows; ++r) {
@@ -225,13 +242,13 @@ class Backward {
   }
 
   // half_[half] = W_hh^T dgh for a panel of blocks, over the gates of one half of the units.
-  void multiply(int d, const T* dgh, int64_t rows, int64_t block, int64_t blocks, int half) {
+  void multiply(const T* weights, const T* dgh, int64_t rows, int64_t blocks, int half) {
     const int64_t cut = half_cut(blocks_), first = half == 0 ? 0 : cut, last = half == 0 ? cut : blocks_;
     for (int64_t k = first; k < last || k == first; k += kRunBlocks) {
       gemm<T, 1>(rows, blocks,
                  {dgh + k * kSlots * rows_stride_, kBlock, kBlock, 1, kGates, rows_stride_,
                   int(min_of(kRunBlocks, last - k)), kSlots * rows_stride_},
-                 {w_hh_[d] + block * panel_stride_ + k * kGates * kBlock * kBlock, panel_stride_},
+                 {weights + k * kGates * kBlock * kBlock, panel_stride_},
                  {half_[half], rows * kBlock, k == first ? Start::zero : Start::add});
     }
   }
@@ -291,11 +308,11 @@ class Backward {
     return static_cast<const T*>(grad_.saved) + (((d * in_.T + t) * blocks_ + block) * in_.B + b) * kSavedWidth;
   }
 
-  // dx = W_ih^T dgx for chunk rows [rows.begin, rows.end).
-  void input_gradients(int d, const Range& rows, int64_t step, int64_t steps, int64_t chunk) {
-    const int64_t input_blocks = blocks_of(in_.I);
-    for (int64_t begin = 0; begin < input_blocks; begin += 4) {
-      const int64_t panel = min_of(int64_t(4), input_blocks - begin);
+  // dx = W_ih^T dgx for chunk rows [rows.begin, rows.end) and column blocks [columns.begin, columns.end).
+  void input_gradients(int d, const Range& rows, const Range& columns, int64_t step, int64_t steps, int64_t chunk) {
+    for (int64_t begin = columns.begin; begin < columns.end; begin += kInputPanels) {
+      const int64_t panel = min_of(kInputPanels, columns.end - begin);
+      const T* weights = panels_of(w_ih_[d], d, false, begin, panel);
       int64_t i = 0;
       for (int64_t r = rows.begin; r < rows.end; r += kPanelRows) {
         const int64_t count = min_of(kPanelRows, rows.end - r);
@@ -303,19 +320,19 @@ class Backward {
           gemm<T, 1>(count, panel,
                      {gates(d, chunk, k, kSplit) + r * kBlock, kBlock, kBlock, 1, kGates, rows_stride_,
                       int(min_of(kRunBlocks, blocks_ - k)), kSlots * rows_stride_},
-                     {w_ih_[d] + begin * panel_stride_ + k * kGates * kBlock * kBlock, panel_stride_},
+                     {weights + k * kGates * kBlock * kBlock, panel_stride_},
                      {half_[0], count * kBlock, k == 0 ? Start::zero : Start::add});
         }
         for (int64_t row = r; row < r + count; ++row) {
           while (i + 1 < steps && first_row_[i + 1] <= row) ++i;
           const int64_t t = time_of(d, step + i), at = (t * in_.B + row_of(row - first_row_[i])) * in_.I;
           for (int64_t block = 0; block < panel; ++block) {
-            const int64_t column = (begin + block) * kBlock, columns = min_of(int64_t(kBlock), in_.I - column);
+            const int64_t column = (begin + block) * kBlock, width = min_of(int64_t(kBlock), in_.I - column);
             const T* from = half_[0] + (block * count + row - r) * kBlock;
             if (in_.D == 2) {
-              store_row<T>(from, dx_[d] + at + column, columns);
+              store_row<T>(from, dx_[d] + at + column, width);
             } else {
-              store_row<S>(from, static_cast<S*>(grad_.dx) + at + column, columns);
+              store_row<S>(from, static_cast<S*>(grad_.dx) + at + column, width);
             }
           }
         }
@@ -359,8 +376,8 @@ class Backward {
   void weight_gradients(int d, const Range& own, int64_t step, int64_t steps, int64_t chunk, int64_t count) {
     for (int64_t block = own.begin; block < own.end; ++block) {
       for (int gate = 0; gate < kGates; ++gate) {
-        add_bias(db_hh_[d], gates(d, chunk, block, slot_of_dgh(gate)), block, gate, count);
-        add_bias(db_ih_[d], gates(d, chunk, block, kSplit + gate), block, gate, count);
+        add_bias(db_hh_[d], gates(d, chunk, block, slot_of_dgh(gate)), block, gate, count, chunk == 0);
+        add_bias(db_ih_[d], gates(d, chunk, block, kSplit + gate), block, gate, count, chunk == 0);
       }
     }
     for (const bool hidden : {true, false}) {
@@ -379,7 +396,8 @@ class Backward {
             for (int64_t i = 0; i < blocks; ++i) {
               const int64_t column = (panel + i) * kBlock;
               T* dw = (hidden ? dw_hh_[d] : dw_ih_[d]) + (gate * in_.H + block * kBlock) * width + column;
-              add_square(half_[0] + i * kBlock * kBlock, dw, width, units, min_of(int64_t(kBlock), width - column));
+              add_square(half_[0] + i * kBlock * kBlock, dw, width, units, min_of(int64_t(kBlock), width - column),
+                         chunk == 0);
             }
           }
         }
@@ -387,18 +405,19 @@ class Backward {
     }
   }
 
-  static void add_square(const T* from, T* to, int64_t stride, int64_t rows, int64_t columns) {
+  static void add_square(const T* from, T* to, int64_t stride, int64_t rows, int64_t columns, bool first) {
     for (int64_t r = 0; r < rows; ++r) {
       for (int j = 0; j < kBlock; j += V::kLanes) {
         const int lanes = int(min_of(int64_t(V::kLanes), columns - j));
-        if (lanes > 0)
-          store_lanes(to + r * stride + j, load_lanes(to + r * stride + j, lanes) + V::load(from + r * kBlock + j),
-                      lanes);
+        if (lanes <= 0) break;
+        const V sum = V::load(from + r * kBlock + j);
+        T* at = to + r * stride + j;
+        store_lanes(at, first ? sum : load_lanes(at, lanes) + sum, lanes);
       }
     }
   }
 
-  void add_bias(T* db, const T* rows, int64_t block, int gate, int64_t count) const {
+  void add_bias(T* db, const T* rows, int64_t block, int gate, int64_t count, bool first) const {
     if (!db) return;
     for (int j = 0; j < kBlock; j += V::kLanes) {
       const int lanes = int(min_of(int64_t(V::kLanes), in_.H - block * kBlock - j));
@@ -406,7 +425,7 @@ class Backward {
       V sum(T(0));
       for (int64_t r = 0; r < count; ++r) sum = sum + V::load(rows + r * kBlock + j);
       T* to = db + gate * in_.H + block * kBlock + j;
-      store_lanes(to, load_lanes(to, lanes) + sum, lanes);
+      store_lanes(to, first ? sum : load_lanes(to, lanes) + sum, lanes);
     }
   }
 
@@ -458,6 +477,7 @@ class Backward {
   T* dx_[2];               // [direction]: [T][B][I], for two directions
   T *dw_ih_[2], *dw_hh_[2], *db_ih_[2], *db_hh_[2];
   T *half_[2], *columns_;  // own scratch: [panel block][panel row][16], [block][chunk row][16]
+  T* panels_;              // transposed weights packed as they are used, for a single step
   int64_t* first_row_;     // [chunk step] its first chunk row
   size_t bytes_ = 0;
 };

@@ -46,7 +46,8 @@ RNNKERN_FN Share share_of(const LayerPlan& plan, const Member& member) {
     share = second ? Share{1, 2, member.index - half, member.size - half, half, false}
                    : Share{0, 1, member.index, half, 0, false};
   }
-  share.unit_split = share.size > 1 && in.B <= kBatchSplitRows * share.size;
+  // A single step has nothing to gain from rows of one's own, and each weight should be read by one member only.
+  share.unit_split = share.size > 1 && (in.B <= kBatchSplitRows * share.size || plan.steps == 1);
   return share;
 }
 
@@ -161,6 +162,17 @@ void pack_block(const S* from, T* to, int gates, int64_t H, int64_t K, int64_t b
   }
 }
 
+// from: S [G*H] or null -> to: T [G][16], for one block.
+template <class S, class T>
+void pack_bias_block(const S* from, T* to, int gates, int64_t H, int64_t block) {
+  for (int g = 0; g < gates; ++g) {
+    for (int64_t j = 0; j < kBlock; ++j) {
+      const int64_t unit = block * kBlock + j;
+      to[g * kBlock + j] = from && unit < H ? to_compute(from[g * H + unit]) : T(0);
+    }
+  }
+}
+
 template <class S>
 void pack_layer_blocks(const LayerInputs& in, int gates, int d, int64_t begin, int64_t end, void* packed) {
   using T = Compute<S>;
@@ -170,16 +182,8 @@ void pack_layer_blocks(const LayerInputs& in, int gates, int d, int64_t begin, i
   for (int64_t block = begin; block < end; ++block) {
     pack_block(static_cast<const S*>(from.w_ih), to.w_ih + block * in.I * width, gates, in.H, in.I, block);
     pack_block(static_cast<const S*>(from.w_hh), to.w_hh + block * in.H * width, gates, in.H, in.H, block);
-    const void* biases[2] = {from.b_ih, from.b_hh};
-    T* packed_biases[2] = {to.b_ih, to.b_hh};
-    for (int i = 0; i < 2; ++i) {
-      T* bias = packed_biases[i] + block * width;
-      if (biases[i]) {
-        pack_block(static_cast<const S*>(biases[i]), bias, gates, in.H, 1, block);
-      } else {
-        memset(bias, 0, size_t(width) * sizeof(T));
-      }
-    }
+    pack_bias_block(static_cast<const S*>(from.b_ih), to.b_ih + block * width, gates, in.H, block);
+    pack_bias_block(static_cast<const S*>(from.b_hh), to.b_hh + block * width, gates, in.H, block);
   }
 }
 

@@ -48,7 +48,11 @@ class Forward {
       T* half0 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
+      T* bias = arena.take<T>(kWidth);
+      T* weights = arena.take<T>(size_t(plan.packed ? 0 : max_of(in_.I, kPanelBlocks * in_.H) * kWidth));
       if (i == member) {
+        bias_ = bias;
+        weights_ = weights;
         x_ = x;
         gx_ = gx;
         half_[0] = half0;
@@ -62,16 +66,42 @@ class Forward {
   int64_t time_of(int d, int64_t step) const { return d == 0 ? step : plan_.steps - 1 - step; }
   int64_t row_of(int64_t m) const { return plan_.order[m]; }
 
+  // Weights of unit blocks, [block][k][gate][16], and a bias of one, [gate][16]: from the packed ones, or packed now,
+  // and then valid until the next are asked for.
+  const T* input_weights(int d, int64_t block) {
+    if (plan_.packed) return packed(d).w_ih + block * in_.I * kWidth;
+    pack_block(static_cast<const S*>(in_.weights[d].w_ih), weights_, kGates, in_.H, in_.I, block);
+    return weights_;
+  }
+  const T* hidden_weights(int d, int64_t block, int64_t count) {
+    if (plan_.packed) return packed(d).w_hh + block * in_.H * kWidth;
+    for (int64_t i = 0; i < count; ++i) {
+      T* to = weights_ + i * in_.H * kWidth;
+      pack_block(static_cast<const S*>(in_.weights[d].w_hh), to, kGates, in_.H, in_.H, block + i);
+    }
+    return weights_;
+  }
+  const T* input_bias(int d, int64_t block) {
+    return plan_.packed ? packed(d).b_ih + block * kWidth : pack_bias(in_.weights[d].b_ih, block);
+  }
+  const T* hidden_bias(int d, int64_t block) {
+    return plan_.packed ? packed(d).b_hh + block * kWidth : pack_bias(in_.weights[d].b_hh, block);
+  }
+  const T* pack_bias(const void* bias, int64_t block) {
+    pack_bias_block(static_cast<const S*>(bias), bias_, kGates, in_.H, block);
+    return bias_;
+  }
+  Packed<T> packed(int d) const { return Packed<T>(plan_.packed, in_, kGates, d); }
+
   void run_direction(int d, const Share& share) {
     const Range rows = rows_of(plan_, share), blocks = blocks_of(plan_, share);
-    const Packed<T> weights(plan_.packed, in_, kGates, d);
     start(d, rows, blocks);
     if (share.unit_split) plan_.flags[share.base + share.index].raise(1);
     for (int64_t step = 0; step < plan_.steps; step += chunk_) {
       const int64_t steps = min_of(chunk_, plan_.steps - step);
-      project(d, weights, rows, blocks, step, steps);
+      project(d, rows, blocks, step, steps);
       for (int64_t i = 0; i < steps; ++i) {
-        run_step(d, share, weights, rows, blocks, step + i, first_row_[i]);
+        run_step(d, share, rows, blocks, step + i, first_row_[i]);
         if (share.unit_split) plan_.flags[share.base + share.index].raise(step + i + 2);
       }
     }
@@ -111,7 +141,7 @@ class Forward {
   }
 
   // gx = W_ih x + b_ih for the rows alive in steps [step, step + steps).
-  void project(int d, const Packed<T>& weights, const Range& rows, const Range& blocks, int64_t step, int64_t steps) {
+  void project(int d, const Range& rows, const Range& blocks, int64_t step, int64_t steps) {
     int64_t count = 0;
     for (int64_t i = 0; i < steps; ++i) {
       const int64_t t = time_of(d, step + i), alive = rows_alive(plan_, rows, t);
@@ -125,17 +155,16 @@ class Forward {
     gx_stride_ = count * kWidth;
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {  // a block's weights stay in the cache
       T* gx = gx_ + (block - blocks.begin) * gx_stride_;
-      const T* bias = weights.b_ih + block * kWidth;
+      const T* weights = input_weights(d, block);
+      const T* bias = input_bias(d, block);
       for (int64_t k = 0; k < in_.I || k == 0; k += kRun) {
-        gemm<T, kGates>(count, 1, {x_ + k, in_.I, int(min_of(kRun, in_.I - k))},
-                        {weights.w_ih + (block * in_.I + k) * kWidth, 0},
+        gemm<T, kGates>(count, 1, {x_ + k, in_.I, int(min_of(kRun, in_.I - k))}, {weights + k * kWidth, 0},
                         {gx, gx_stride_, k == 0 ? Start::bias : Start::add, bias});
       }
     }
   }
 
-  void run_step(int d, const Share& share, const Packed<T>& weights, const Range& rows, const Range& blocks,
-                int64_t step, int64_t chunk_row) {
+  void run_step(int d, const Share& share, const Range& rows, const Range& blocks, int64_t step, int64_t chunk_row) {
     const int64_t t = time_of(d, step), alive = rows_alive(plan_, rows, t), cut = half_cut(blocks_);
     const T* h = h_[d][step & 1] + rows.begin * row_stride_;
     bool waited = !share.unit_split;
@@ -151,16 +180,17 @@ class Forward {
       // Back and forth, so that what is left in the cache from the last step is used first.
       const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * panel_blocks;
       const int64_t count = min_of(panel_blocks, blocks.end - begin);
+      const T* weights = hidden_weights(d, begin, count);
       for (int64_t m = 0; m < alive; m += kPanelRows) {
         const int64_t panel_rows = min_of(kPanelRows, alive - m);
         if (own < 0) wait();
         for (int turn = 0; turn < 2; ++turn) {
           const int half = own == 1 ? 1 - turn : turn;
           if (turn == 1) wait();
-          multiply(weights, h + m * row_stride_, panel_rows, begin, count, half);
+          multiply(weights, h + m * row_stride_, panel_rows, count, half);
         }
         for (int64_t block = 0; block < count; ++block) {
-          pointwise(d, weights, rows.begin + m, panel_rows, step, t, begin + block, block * panel_rows * kWidth,
+          pointwise(d, rows.begin + m, panel_rows, step, t, begin + block, block * panel_rows * kWidth,
                     gx_ + (begin + block - blocks.begin) * gx_stride_ + (chunk_row + m) * kWidth);
         }
       }
@@ -169,23 +199,23 @@ class Forward {
   }
 
   // half_[half] = W_hh h over the units of one half.
-  void multiply(const Packed<T>& weights, const T* h, int64_t rows, int64_t block, int64_t blocks, int half) {
+  void multiply(const T* weights, const T* h, int64_t rows, int64_t blocks, int half) {
     const int64_t cut = half_cut(blocks_) * kBlock;
     const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : in_.H, block_stride = in_.H * kWidth;
     for (int64_t k = first; k < last || k == first; k += kRun) {
       gemm<T, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
-                      {weights.w_hh + block * block_stride + k * kWidth, block_stride},
+                      {weights + k * kWidth, block_stride},
                       {half_[half], rows * kWidth, k == first ? Start::zero : Start::add});
     }
   }
 
   // The cell over one unit block of rows [row, row + count); sums at half_[.] + panel, gx its first row.
-  void pointwise(int d, const Packed<T>& weights, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block,
-                 int64_t panel, const T* gx_rows) {
+  void pointwise(int d, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block, int64_t panel,
+                 const T* gx_rows) {
     const int64_t H = in_.H, unit = block * kBlock;
     const T* h = h_[d][step & 1] + unit;
     T* h_next = h_[d][~step & 1] + unit;
-    const T* bias = weights.b_hh + block * kWidth;
+    const T* bias = hidden_bias(d, block);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t m = row + i, b = row_of(m), n = plan_.length[m];
       const bool last = d == 0 ? t + 1 == n : t == 0;
@@ -235,6 +265,7 @@ class Forward {
   T *x_, *gx_,
       *half_[2];        // own scratch: [chunk row][I], [block][chunk row][gate][16], [panel block][panel row][gate][16]
   int64_t* first_row_;  // [chunk step] its first chunk row
+  T *weights_, *bias_;  // what is packed as it is used, if the plan has nothing packed
   int64_t gx_stride_ = 0;  // elements of a block of gx_
   size_t bytes_ = 0;
 };

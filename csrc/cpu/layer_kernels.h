@@ -14,7 +14,7 @@ struct LayerPlan {
   const int32_t* alive;   // [steps] rows with length > t
   int members;            // the most that the team may have
   Flag* flags;            // [members], zero
-  void* packed;           // weights, as LayerKernels::pack writes them
+  void* packed;           // weights, as LayerKernels::pack writes them; null for one step: packed as they are used
   void* workspace;
 };
 

@@ -133,7 +133,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
                             OptionalTensor dc_all, Tensor x, Tensor h0, OptionalTensor c0, RNNKERN_WEIGHT_ARGUMENTS,
                             OptionalTensor lengths, OptionalTensor resets, Tensor y, Tensor saved, bool need_dx,
-                            bool need_dw) {
+                            bool need_dh0, bool need_dw) {
   LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
   const LayerInputs& in = args.in;
   const ScalarType compute = compute_type(in.dtype);
@@ -155,7 +155,8 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
                     "rnnkern::layer_backward: a gradient does not have the shape of h_n");
   }
   Tensor dx = make_empty(args.x, need_dx ? std::vector<int64_t>{in.T, in.B, in.I} : none);
-  Tensor dh0 = make_empty(args.x, states), dc0 = make_empty(args.x, args.two_states() ? states : none, compute);
+  Tensor dh0 = make_empty(args.x, need_dh0 ? states : none);
+  Tensor dc0 = make_empty(args.x, need_dh0 && args.two_states() ? states : none, compute);
   Tensor dw[8];
   for (int i = 0; i < 8; ++i) {
     const bool wanted = need_dw && args.weights[i].has_value();
@@ -171,8 +172,8 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
   grad.y = y.const_data_ptr();
   grad.saved = saved.const_data_ptr();
   grad.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
-  grad.dh0 = dh0.mutable_data_ptr();
-  grad.dc0 = args.two_states() ? dc0.mutable_data_ptr() : nullptr;
+  grad.dh0 = need_dh0 ? dh0.mutable_data_ptr() : nullptr;
+  grad.dc0 = need_dh0 && args.two_states() ? dc0.mutable_data_ptr() : nullptr;
   grad.need_dw = need_dw;
   for (int d = 0; d < in.D && need_dw; ++d) {
     void* data[4];
@@ -198,7 +199,7 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
         ", bool return_states, Tensor? packed) -> "
         "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all)");
   m.def("layer_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, " RNNKERN_LAYER_SCHEMA
-        ", Tensor y, Tensor saved, bool need_dx, bool need_dw) -> "
+        ", Tensor y, Tensor saved, bool need_dx, bool need_dh0, bool need_dw) -> "
         "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, "
         "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse)");
   m.def("pack(str cell, " RNNKERN_WEIGHT_SCHEMA ") -> Tensor");

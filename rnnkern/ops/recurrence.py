@@ -8,6 +8,7 @@ C++ (`csrc/torch/ops.cpp`) defines the schemas and the CPU kernels:
 The operators trust their input; `recurrence` checks the weights, `rnnkern.nn` the rest.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,14 +65,14 @@ def _fake_backward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    *rest: Any,  # the weights, lengths, resets, y, saved, need_dx, need_dw
+    *rest: Any,  # the weights, lengths, resets, y, saved, need_dx, need_dh0, need_dw
 ) -> tuple[Tensor, ...]:
-    weights, (need_dx, need_dw) = rest[:8], rest[-2:]
+    weights, (need_dx, need_dh0, need_dw) = rest[:8], rest[-3:]
     compute = compute_dtype(x.dtype)
     return (
         x.new_empty(x.shape if need_dx else (0,)),
-        h0.new_empty(h0.shape),
-        x.new_empty(0 if c0 is None else c0.shape, dtype=compute),
+        h0.new_empty(h0.shape if need_dh0 else (0,)),
+        x.new_empty(0 if c0 is None or not need_dh0 else c0.shape, dtype=compute),
         *(x.new_empty(0 if w is None or not need_dw else w.shape) for w in weights),
     )
 
@@ -96,9 +97,11 @@ def _layer_backward(
     needed = ctx.needs_input_grad  # cell, x, h0, c0, 8 weights, lengths, resets, return_states
     dc_n = dc_n if ctx.two_states else None  # AOTAutograd gives zeros of shape [0] here
     dc_all = dc_all if ctx.every_state else None
-    grads = torch.ops.rnnkern.layer_backward.default(
-        ctx.cell, dy, dh_n, dc_n, dc_all, *ctx.saved_tensors, needed[1], any(needed[4:12])
-    )
+    # Without this, every backward would enter the Python formula of its own gradient to find that nobody wants one.
+    with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.rnnkern.layer_backward.default(
+            ctx.cell, dy, dh_n, dc_n, dc_all, *ctx.saved_tensors, needed[1], any(needed[2:4]), any(needed[4:12])
+        )
     return (None, *(grad if need else None for grad, need in zip(grads, needed[1:12])), None, None, None)
 
 
@@ -137,7 +140,7 @@ def _double_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Tensor | None, .
         )
         first = _grad(outputs, cotangents, inputs, create_graph=True)
         second = _grad(first, dgrads, aliases, create_graph=higher)
-    return (None, *second, None, None, None, None, None, None)
+    return (None, *second, None, None, None, None, None, None, None)
 
 
 def _grad(
@@ -171,6 +174,22 @@ if _library.available:
     _pack = torch.ops.rnnkern.pack.default
 
 
+class _Layer(torch.autograd.Function):
+    """`rnnkern::layer` with its registered formula, reached without the dispatcher's detour through Python.
+
+    Halves the time of a short training call; compilers and functorch need the operator itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _layer(*inputs)
+        _setup_layer(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_layer_backward)
+
+
 class PackCache:
     """Weights of a module's layers in the kernels' layout, for short calls without gradients.
 
@@ -185,7 +204,8 @@ class PackCache:
     def find(self, layer: int, weights: Weights) -> tuple[list[Any] | None, Tensor | None]:
         """The key of these weights (None if they cannot have one), and their pack if there is one."""
         try:
-            key = [None if w is None else (w.data_ptr(), w._version, w.dtype) for w in weights]
+            used = weights if weights[4] is not None else weights[:4]
+            key = [None if w is None else (w.data_ptr(), w._version, w.dtype) for w in used]
         except RuntimeError:  # inference tensors have no version, fake tensors no address
             return None, None
         entry = self._entries.get(layer)
@@ -217,11 +237,14 @@ def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
     return lengths.contiguous()
 
 
-def check_weights(x: Tensor, weights: Weights, rows: int, H: int) -> None:
-    """Raises RuntimeError, in torch's words where it has some, unless the weights fit x and have `rows` = G*H rows."""
-    I = x.shape[2]
+def check_weights(x: Tensor, weights: Weights, cell: str, gates: Tensor, recurrent: Tensor) -> None:
+    """Raises RuntimeError, in torch's words where it has some, unless the weights fit x.
+
+    The last sizes of `gates` and `recurrent` are H and that of the recurrent input; only with a projection they differ.
+    """
+    rows = len(CELLS[cell].gates) * gates.shape[2]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    shapes = ((rows, I), (rows, H), (rows,), (rows,))
+    shapes = ((rows, x.shape[2]), (rows, recurrent.shape[2]), (rows,), (rows,))
     for i, w in enumerate(weights):
         if w is None:
             continue
@@ -259,11 +282,8 @@ def recurrence(
         RuntimeError: a weight does not fit x in device, dtype or shape.
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
-    T, B, I = x.shape
-    D, _, H = h0.shape
-    projected = projection[0] is not None
-    if select(cell, x.device.type, x.dtype, T, B, I, H, D, projected) == "eager":
-        check_weights(x, weights, len(CELLS[cell].gates) * (H if c0 is None else c0.shape[2]), H)
+    if select(cell, x, h0, projection[0] is not None) == "eager":
+        check_weights(x, weights, cell, h0 if c0 is None else c0, h0)
         return reference.layer(
             CELLS[cell],
             x,
@@ -281,14 +301,15 @@ def recurrence(
         or (c0 is not None and c0.requires_grad)
         or any([w is not None and w.requires_grad for w in weights])
     ):
-        check_weights(x, weights, len(CELLS[cell].gates) * H, H)
-        y, h_n, c_n, c_all, _ = _layer(cell, x, h0, c0, *weights, lengths, resets, return_states)
+        check_weights(x, weights, cell, h0, h0)
+        call = _layer if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() else _Layer.apply
+        y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states)
         return y, h_n, c_n, c_all
     packed = key = None
-    if T < SHORT and packs is not None and not torch.compiler.is_compiling():
+    if x.shape[0] < SHORT and packs is not None and not torch.compiler.is_compiling():
         key, packed = packs.find(layer, weights)
     if packed is None:  # a pack was checked when it was made
-        check_weights(x, weights, len(CELLS[cell].gates) * H, H)
+        check_weights(x, weights, cell, h0, h0)
         if packs is not None and key is not None:
             packed = packs.add(layer, key, cell, weights)
     result: Outputs = _layer_inference(cell, x, h0, c0, *weights, lengths, resets, return_states, packed)
