@@ -85,7 +85,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("output")
     add(group, "--output", Path("runs/g2p"), "directory for all results", metavar="DIR")
-    group.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output directory")
+    group.add_argument(
+        "--resume", action="store_true", help="continue from the output directory's checkpoint; give the same options"
+    )
     group.add_argument("--overwrite", action="store_true", help="start anew even where there is another checkpoint")
     add(group, "--compare-steps", 50, "steps of the comparison with torch.nn before training; 0 for none", metavar="N")
     group.add_argument("--say", nargs="+", default=[], metavar="WORD", help="words of your own to pronounce at the end")
@@ -217,7 +219,8 @@ def run(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    lexicon = data.read_cmudict() if options.data is None else data.read_file(options.data, options.on_bad_line)
+    bad = options.on_bad_line
+    lexicon = data.read_cmudict(bad) if options.data is None else data.read_file(options.data, bad)
     lexicon = data.take_words(lexicon, options.limit)
     splits = data.split_lexicon(lexicon)
     config = make_config(options, lexicon)

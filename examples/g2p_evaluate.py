@@ -123,7 +123,8 @@ def plot_attention(
         )
         assert result.weights is not None
         found = phones.decode(result.tokens[0].tolist())
-        panel.imshow(result.weights[0].t().cpu().numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        if found:
+            panel.imshow(result.weights[0].t().cpu().numpy(), cmap="viridis", vmin=0, vmax=1, aspect="auto")
         panel.set_xticks(range(len(found)), found, rotation=90)
         panel.set_yticks(range(len(word)), list(word))
         panel.set_title(word)
