@@ -42,35 +42,41 @@ class _Cell(torch.nn.RNNCellBase):
         except KeyError:
             return self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, None, None, None, None
 
-    def _rank(self, input: Tensor) -> bool:
-        """Whether the input has a batch; raises ValueError unless it has rank 1 or 2."""
-        rank = input.dim()
-        if rank != 1 and rank != 2:
-            raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {rank}D instead")
-        return rank == 2
+    def _refuse_rank(self, input: Tensor) -> None:
+        """Raises ValueError for an input of another rank than 1 or 2."""
+        raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
 
     def _step(self, cell: str, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """One step of `[B, I]` from states `[B, H]` (h None: zeros): the next h, and c if the cell has one."""
         weights = self._weights()
         weight = weights[0]
         assert weight is not None
-        if x.shape[1] != self.input_size:
-            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        dtype = weight.dtype
+        B, I = x.shape
+        if self.input_size != I:
+            raise RuntimeError(f"input has inconsistent input_size: got {I} expected {self.input_size}")
         if h is None:
-            h = x.new_zeros(x.shape[0], self.hidden_size)
+            h = x.new_zeros(B, self.hidden_size)
             c = h if cell == "lstm" else None
         else:
-            self._check_hidden(x, h, 0)
-            if c is not None:
+            device, shape = x.device, (B, self.hidden_size)
+            if h.shape != shape or h.dtype != dtype or h.device != device:
+                self._check_hidden(x, h, 0)
+            if c is not None and (c.shape != shape or c.dtype != dtype or c.device != device):
                 self._check_hidden(x, c, 1)
-        if x.dtype != weight.dtype:
+        if x.dtype != dtype or h.dtype != dtype:
             if not torch._C._is_any_autocast_enabled():
-                raise RuntimeError(f"input must have the dtype of the weights. Expected {weight.dtype}, got {x.dtype}")
-            x, h = x.to(weight.dtype), h.to(weight.dtype)
-        if c is not None:
-            c = c.to(compute_dtype(x.dtype)).unsqueeze(0)
-        _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c, weights, packs=self._packs)
-        return h_n[0], c_n if c is None else c_n[0].to(x.dtype)
+                raise RuntimeError(f"input must have the dtype of the weights. Expected {dtype}, got {x.dtype}")
+            x, h = x.to(dtype), h.to(dtype)
+        if c is None:
+            _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), None, weights, packs=self._packs)
+            return h_n.squeeze(0), c_n
+        compute = compute_dtype(dtype)
+        if c.dtype != compute:
+            c = c.to(compute)
+        _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights, packs=self._packs)
+        c_n = c_n.squeeze(0)
+        return h_n.squeeze(0), c_n if compute == dtype else c_n.to(dtype)
 
     def _check_hidden(self, x: Tensor, hidden: Tensor, index: int) -> None:
         """Raises RuntimeError, in torch's words where it has some, unless the state fits x."""
@@ -92,10 +98,12 @@ class _Cell(torch.nn.RNNCellBase):
 
     def _one_state(self, cell: str, input: Tensor, hx: Tensor | None) -> Tensor:
         """The forward of a cell whose only state is h."""
-        batched = self._rank(input)
+        rank = input.dim()
+        if rank != 1 and rank != 2:
+            self._refuse_rank(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
-        if batched:
+        if rank == 2:
             return self._step(cell, input, hx, None)[0]
         return self._step(cell, input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), None)[0].squeeze(0)
 
@@ -168,7 +176,9 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Runs one step; see the class."""
-        batched = self._rank(input)
+        rank = input.dim()
+        if rank != 1 and rank != 2:
+            self._refuse_rank(input)
         if hx is None:
             h = c = None
         else:
@@ -180,7 +190,7 @@ class LSTMCell(_Cell):
             if len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")
             h, c = hx
-        if batched:
+        if rank == 2:
             return self._step("lstm", input, h, c)
         if h is not None and c is not None:
             h, c = h.unsqueeze(0), c.unsqueeze(0)

@@ -82,7 +82,14 @@ def choose(
     return Choice("eager", f"{why}: eager reference") if why else Choice(own, "")
 
 
-_cached_choose = functools.lru_cache(maxsize=4096)(choose)
+@functools.lru_cache(maxsize=4096)
+def _cached_choice(
+    cell: str, device: torch.device, dtype: torch.dtype, T: int, B: int, H: int, projection: bool
+) -> Choice:
+    """`choose` without an override; a short call spends half a microsecond here, not three."""
+    return choose(cell, device.type, dtype, T, B, H, projection=projection, missing=_library.reason)
+
+
 _thread = threading.local()
 _overrides = 0  # threads that are inside `backend` or `explain`: the common call looks no further
 _overrides_lock = threading.Lock()
@@ -136,18 +143,22 @@ def forced() -> str | None:
     return getattr(_thread, "forced", None) if _overrides else None
 
 
-def select(cell: str, device: str, dtype: torch.dtype, T: int, B: int, I: int, H: int, D: int, projection: bool) -> str:
-    """The backend of this call: `choose`, under this thread's override, noted for `explain`."""
-    if _overrides == 0:
-        call = choose if torch.compiler.is_compiling() else _cached_choose
-        choice = call(cell, device, dtype, T, B, H, projection=projection, missing=_library.reason)
+def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> str:
+    """The backend of a call on x [T, B, I] and h0 [D, B, H]: what `choose` says under this thread's override."""
+    T, B, I = x.shape
+    D, _, H = h0.shape
+    device, dtype = x.device, x.dtype
+    if _overrides == 0 and not torch.compiler.is_compiling():
+        choice = _cached_choice(cell, device, dtype, T, B, H, projection)
     else:
-        forced = getattr(_thread, "forced", None)
-        choice = choose(cell, device, dtype, T, B, H, projection=projection, forced=forced, missing=_library.reason)
-        notes = getattr(_thread, "notes", None)
+        forced = getattr(_thread, "forced", None) if _overrides else None
+        choice = choose(
+            cell, device.type, dtype, T, B, H, projection=projection, forced=forced, missing=_library.reason
+        )
+        notes = getattr(_thread, "notes", None) if _overrides else None
         if notes is not None:
-            notes.append(LayerNote(cell, device, str(dtype), T, B, I, H, D, choice.backend, choice.why))
-    if choice.backend == "eager" and device == "cpu" and _library.reason:
+            notes.append(LayerNote(cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why))
+    if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()
     return choice.backend
 

@@ -190,6 +190,9 @@ class _Layer(torch.autograd.Function):
     backward = staticmethod(_layer_backward)
 
 
+_apply_layer: Any = _Layer.apply
+
+
 class PackCache:
     """Weights of a module's layers in the kernels' layout, for short calls without gradients.
 
@@ -302,7 +305,7 @@ def recurrence(
         or any([w is not None and w.requires_grad for w in weights])
     ):
         check_weights(x, weights, cell, h0, h0)
-        call = _layer if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() else _Layer.apply
+        call = _layer if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() else _apply_layer
         y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states)
         return y, h_n, c_n, c_all
     packed = key = None

@@ -1,0 +1,284 @@
+"""What RNN, LSTM and GRU share: the parameters of the stack, torch's checks, the layers, and PackedSequence."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkern.cells import CELLS
+from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops.recurrence import PackCache, Weights, check_lengths, recurrence
+
+_TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its name in capitals
+_NO_PROJECTION = (None, None)
+
+
+class _Recurrent(torch.nn.RNNBase):
+    """What RNN, LSTM and GRU share: everything but the constructor's arguments and the form of hx."""
+
+    _packs: PackCache
+
+    def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        own = mode not in _TORCH_MODES
+        super().__init__("RNN_TANH" if own else mode, *args, **kwargs)
+        self._packs = PackCache()
+        if own:  # a cell that torch does not know: one gate's parameters become G gates'
+            self.mode = mode
+            gates = len(CELLS[mode.lower()].gates)
+            for name, parameter in list(self._parameters.items()):
+                assert parameter is not None
+                H, *rest = parameter.shape
+                setattr(self, name, torch.nn.Parameter(parameter.new_empty(gates * H, *rest)))
+            self.reset_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state.pop("_packs", None)  # neither pickled nor deep-copied
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._packs = PackCache()
+
+    def _replicate_for_data_parallel(self) -> "_Recurrent":
+        replica: _Recurrent = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica._packs = PackCache()
+        return replica
+
+    def _layer_weights(self, layer: int) -> tuple[Weights, tuple[Tensor | None, ...]]:
+        """The weights of a layer as they are now: parameters, or what a parametrization put in their place."""
+        parameters = self._parameters
+        if self.bias and not self.bidirectional and not self.proj_size:  # the common case, worth a microsecond per call
+            names = self._all_weights[layer]
+            try:
+                w_ih, w_hh, b_ih, b_hh = [parameters[name] for name in names]
+            except KeyError:
+                w_ih, w_hh, b_ih, b_hh = [getattr(self, name) for name in names]
+            return (w_ih, w_hh, b_ih, b_hh, None, None, None, None), _NO_PROJECTION
+        D = 2 if self.bidirectional else 1
+        weights: list[Tensor | None] = []
+        projection: list[Tensor | None] = []
+        for names in self._all_weights[layer * D : layer * D + D]:
+            try:
+                found = [parameters[name] for name in names]
+            except KeyError:
+                found = [getattr(self, name) for name in names]
+            weights += found[:4] if self.bias else [*found[:2], None, None]
+            projection.append(found[-1] if self.proj_size else None)
+        if D == 1:
+            weights += (None, None, None, None)
+            projection.append(None)
+        return tuple(weights), tuple(projection)
+
+    def _first_state(self, x: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
+        """Zeros for h [L*D, B, H or P] and c [L*D, B, H]."""
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        h = x.new_zeros(layers, B, self.proj_size or self.hidden_size)
+        return h, None if self.mode != "LSTM" else x.new_zeros(layers, B, self.hidden_size)
+
+    def _refuse_rank(self, h: Tensor, c: Tensor | None, batched: bool) -> None:
+        """Raises RuntimeError for a state of another rank than the input."""
+        rank = 3 if batched else 2
+        kind = f"For {'batched' if batched else 'unbatched'} {rank}-D input,"
+        if c is None:
+            raise RuntimeError(f"{kind} hx should also be {rank}-D but got {h.dim()}-D tensor")
+        raise RuntimeError(f"{kind} hx and cx should also be {rank}-D but got ({h.dim()}-D, {c.dim()}-D) tensors")
+
+    def _check(
+        self,
+        input: Tensor,  # in torch's layout
+        T: int,
+        B: int,
+        h: Tensor,
+        c: Tensor | None,
+        dtype: torch.dtype,  # of the weights
+        batch_sizes: Tensor | None = None,
+    ) -> None:
+        """Checks what torch checks, in its order and words."""
+        layers = self.num_layers * 2 if self.bidirectional else self.num_layers
+        if (
+            input.dtype != dtype
+            or input.shape[-1] != self.input_size
+            or h.shape != (layers, B, self.proj_size or self.hidden_size)
+            or (c is not None and c.shape != (layers, B, self.hidden_size))
+        ):
+            self._update_flat_weights()
+            self.check_forward_args(input, h if c is None else (h, c), batch_sizes)  # type: ignore[arg-type]
+        device = input.device
+        for state in (h,) if c is None else (h, c):
+            if state.device != device:
+                raise RuntimeError(
+                    "Input and hidden tensors are not at the same device, "
+                    f"found input tensor at {device} and hidden tensor at {state.device}"
+                )
+            if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
+                raise RuntimeError(f"hx must have the dtype of input. Expected {input.dtype}, got {state.dtype}")
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    def _run(
+        self, input: Any, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool = False
+    ) -> tuple[Any, Tensor, Tensor | None, Any]:
+        """Output, h_n, c_n and every c of the last layer, in the form that the input has."""
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx, lengths, resets, return_states)
+        rank = input.dim()
+        if rank != 3 and rank != 2:
+            tensor = " tensor" if self.mode.startswith("RNN") else ""  # torch's wording differs
+            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {rank}D{tensor} instead")
+        batched = rank == 3
+        h, c = (None, None) if hx is None else (hx, None) if self.mode != "LSTM" else (hx[0], hx[1])
+        if h is not None and (h.dim() != rank or (c is not None and c.dim() != rank)):
+            self._refuse_rank(h, c, batched)
+        if not batched:
+            x = input.unsqueeze(1)
+            input = input.unsqueeze(0) if self.batch_first else x
+            if h is not None:
+                h = h.unsqueeze(1)
+                c = None if c is None else c.unsqueeze(1)
+        else:
+            x = input.transpose(0, 1) if self.batch_first else input
+        T, B, _ = x.shape
+        if h is None:
+            h, c = self._first_state(x, B)
+        first = self._layer_weights(0)
+        weight = first[0][0]
+        assert weight is not None
+        dtype = weight.dtype
+        self._check(input, T, B, h, c, dtype)
+        if lengths is not None:
+            lengths = check_lengths(lengths, T, B)
+        if resets is not None:
+            resets = self._time_major_resets(resets, T, B, batched, weight.device)
+        if x.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
+            x, h = x.to(dtype), h.to(dtype)
+        y, h_n, c_n, c_all = self._layers(x, h, c, first, lengths, resets, return_states)
+        if not batched:
+            c_n = None if c_n is None else c_n.squeeze(1)
+            return y.squeeze(1), h_n.squeeze(1), c_n, None if c_all is None else c_all.squeeze(1)
+        if self.batch_first:
+            return y.transpose(0, 1), h_n, c_n, None if c_all is None else c_all.transpose(0, 1)
+        return y, h_n, c_n, c_all
+
+    def _time_major_resets(self, resets: Tensor, T: int, B: int, batched: bool, device: torch.device) -> Tensor:
+        """Returns resets as [T, B]; raises RuntimeError unless they are bool, in the input's layout, on its device."""
+        if not isinstance(resets, Tensor):
+            raise TypeError(f"resets must be a tensor, got {type(resets).__name__}")
+        expected = [T] if not batched else [B, T] if self.batch_first else [T, B]
+        if list(resets.shape) != expected:
+            raise RuntimeError(
+                f"resets must have one entry per row and step. Expected shape {expected}, got {list(resets.shape)}"
+            )
+        if resets.dtype != torch.bool:
+            raise RuntimeError(f"resets must be bool. Expected torch.bool, got {resets.dtype}")
+        if resets.device != device:
+            raise RuntimeError(f"resets must be on the device of input. Expected {device}, got {resets.device}")
+        if not batched:
+            return resets.unsqueeze(1)
+        return resets.t().contiguous() if self.batch_first else resets.contiguous()
+
+    def _layers(
+        self,
+        x: Tensor,  # [T, B, I]
+        h: Tensor,  # [L*D, B, H or P]
+        c: Tensor | None,  # [L*D, B, H]
+        first: tuple[Weights, tuple[Tensor | None, ...]],  # the weights of the first layer
+        lengths: Tensor | None,  # [B]
+        resets: Tensor | None,  # [T, B]
+        return_states: bool,
+        batch_sizes: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The stack of layers: y [T, B, D*H], h_n, c_n and every c of the last layer, the latter two in x's dtype."""
+        D, L = 2 if self.bidirectional else 1, self.num_layers
+        cell = self.mode.lower()
+        dtype = x.dtype
+        compute = compute_dtype(dtype)
+        if c is not None and c.dtype != compute:
+            c = c.to(compute)
+        if L == 1:
+            y, h_n, c_n, c_all = recurrence(
+                cell,
+                x,
+                h,
+                c,
+                first[0],
+                lengths=lengths,
+                resets=resets,
+                return_states=return_states,
+                projection=first[1],
+                packs=self._packs,
+            )
+            if c is None:
+                return y, h_n, None, None
+            return y, h_n, c_n if compute == dtype else c_n.to(dtype), c_all.to(dtype) if return_states else None
+        h_layers, c_layers = [], []
+        for layer in range(L):
+            weights, projection = self._layer_weights(layer) if layer else first
+            rows = slice(layer * D, layer * D + D)
+            y, h_layer, c_layer, c_all = recurrence(
+                cell,
+                x,
+                h[rows],
+                None if c is None else c[rows],
+                weights,
+                lengths=lengths,
+                resets=resets,
+                return_states=return_states and layer == L - 1,
+                projection=projection,
+                packs=self._packs,
+                layer=layer,
+            )
+            h_layers.append(h_layer)
+            c_layers.append(c_layer)
+            x = y
+            if self.dropout and self.training and layer < L - 1:
+                x = self._between_layers(x, lengths, batch_sizes)
+        if c is None:
+            return y, torch.cat(h_layers), None, None
+        return y, torch.cat(h_layers), torch.cat(c_layers).to(dtype), c_all.to(dtype) if return_states else None
+
+    def _between_layers(self, y: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> Tensor:
+        """Dropout between layers; of a packed sequence it draws for the packed entries, as torch does."""
+        if batch_sizes is None or lengths is None:
+            return torch.dropout(y, self.dropout, True)
+        data = torch.dropout(_pack(y, lengths), self.dropout, True)
+        padded: Tensor = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, y.shape[0])[0]
+        return padded
+
+    def _run_packed(
+        self, packed: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
+    ) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
+        """Runs a packed sequence padded, rows in its sorted order, and packs the result again."""
+        data, batch_sizes, order, back = packed
+        for name, value in (("lengths", lengths), ("resets", resets)):
+            if value is not None:
+                raise ValueError(f"{name} must be None if input is a PackedSequence, got shape {list(value.shape)}")
+        B = int(batch_sizes[0])
+        if hx is None:
+            h, c = self._first_state(data, B)
+        else:
+            h, c = (hx, None) if self.mode != "LSTM" else (hx[0], hx[1])
+            if order is not None:
+                h = h.index_select(1, order)
+                c = None if c is None else c.index_select(1, order)
+        first = self._layer_weights(0)
+        assert first[0][0] is not None
+        dtype = first[0][0].dtype
+        self._check(data, len(batch_sizes), B, h, c, dtype, batch_sizes)
+        if data.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
+            data, h = data.to(dtype), h.to(dtype)
+        x, row_lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))
+        y, h_n, c_n, c_all = self._layers(x, h, c, first, row_lengths, None, return_states, batch_sizes)
+        if back is not None:
+            h_n = h_n.index_select(1, back)
+            c_n = None if c_n is None else c_n.index_select(1, back)
+        output = PackedSequence(_pack(y, row_lengths), batch_sizes, order, back)
+        states = None if c_all is None else PackedSequence(_pack(c_all, row_lengths), batch_sizes, order, back)
+        return output, h_n, c_n, states
+
+
+def _pack(padded: Tensor, lengths: Tensor) -> Tensor:
+    """The entries of [T, B, *] within the rows' lengths (sorted, longest first), in a PackedSequence's order."""
+    data: Tensor = torch._VF._pack_padded_sequence(padded, lengths, False)[0]
+    return data
