@@ -1,0 +1,233 @@
+"""Attention on every backend against the float64 reference: scores, dtypes, padding, odd sizes, all gradients."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnkern
+from rnnkern.functional import Additive, attention
+from rnnkern.ops.attention import reference
+from tests.attention_problem import PADDINGS, SCORES, make_problem
+from tests.helpers import (
+    BACKENDS,
+    DTYPES,
+    ISAS,
+    assert_as_accurate,
+    assert_same_bits,
+    error,
+    instruction_set,
+    needs_kernels,
+    threads,
+)
+
+SHAPES = [
+    (3, 1, 1, 1, 1),
+    (2, 5, 7, 17, 3),
+    (3, 1, 50, 100, 33),
+    (2, 67, 50, 20, 16),
+    (0, 2, 3, 4, 5),
+]  # B, Tq, Tk, D, Dv
+
+
+def names(value: object) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+@needs_kernels
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("B", "Tq", "Tk", "D", "Dv"), SHAPES)
+@pytest.mark.parametrize("score", SCORES)
+def test_outputs_and_gradients(
+    score: str, B: int, Tq: int, Tk: int, D: int, Dv: int, padding: str, dtype: torch.dtype
+) -> None:
+    problem = make_problem(score, B, Tq, Tk, D, Dv, padding=padding, dtype=dtype)
+    expected, peer = problem.run("plain", torch.float64), problem.run("plain")
+    for isa in ISAS:
+        with instruction_set(isa):
+            assert_as_accurate(problem.run("cpu"), expected, peer, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("score", SCORES)
+def test_reference_is_as_accurate_as_torch(score: str, padding: str, dtype: torch.dtype) -> None:
+    problem = make_problem(score, 3, 4, 7, 17, 5, padding=padding, dtype=dtype)
+    assert_as_accurate(problem.run("eager"), problem.run("plain", torch.float64), problem.run("plain"), dtype)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("score", SCORES)
+def test_more_keys_than_a_tile(score: str, backend: str) -> None:
+    problem = make_problem(score, 2, 70, 300, 18, 20, padding="mask")
+    assert_as_accurate(problem.run(backend), problem.run("plain", torch.float64), problem.run("plain"), torch.float32)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=names)
+@pytest.mark.parametrize("size", [9.9, 10.1, 30, 100])
+def test_additive_guard(size: float, dtype: torch.dtype, isa: str) -> None:
+    """Elements of +-size, some of which cancel: where the factored exponential would overflow, tanh is still right."""
+    query, key = torch.randn(2, 9, 33, dtype=dtype).sign() * size, torch.randn(2, 11, 33, dtype=dtype).sign() * size
+    query[:, 1::2] = torch.randn(2, 4, 33, dtype=dtype)  # rows with and without large elements
+    key[:, ::3] = torch.randn(2, 4, 33, dtype=dtype)
+    key += torch.randn_like(key) * 0.5
+    tensors = {"query": query, "key": key, "value": torch.randn(2, 11, 5, dtype=dtype)}
+    tensors["vector"] = torch.randn(33, dtype=dtype)
+
+    def run(how: Callable[..., tuple[Tensor, Tensor]], to: torch.dtype) -> dict[str, Tensor]:
+        inputs = {name: t.to(to, copy=True).requires_grad_() for name, t in tensors.items()}
+        out = how(*inputs.values(), None, None, "additive", 1.0, *([True] if how is not reference else []))
+        grads = torch.autograd.grad(out, list(inputs.values()), [torch.ones_like(o).cumsum(-1) for o in out])
+        return {"context": out[0].detach(), "weights": out[1].detach()} | {f"d{n}": g for n, g in zip(inputs, grads)}
+
+    expected, peer = run(reference, torch.float64), run(reference, dtype)
+    assert_as_accurate(run(torch.ops.rnnkern.attention, dtype), expected, peer, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("score", SCORES)
+def test_non_contiguous(score: str, backend: str) -> None:
+    problem = make_problem(score, 3, 4, 7, 10, 6)
+    expected = problem.run(backend)
+    strided = dict(problem.tensors)
+    strided["query"] = strided["query"].transpose(0, 1).contiguous().transpose(0, 1)  # time first
+    strided["key"] = torch.stack((strided["key"], strided["key"]), dim=3)[..., 0]  # every other element
+    strided["value"] = strided["value"].mT.contiguous().mT
+    with rnnkern.backend(backend):
+        context, weights = problem.attend({name: t.requires_grad_() for name, t in strided.items()})
+        dcontext = problem.dcontext.mT.contiguous().mT
+        grads = torch.autograd.grad((context, weights), list(strided.values()), (dcontext, problem.dweights))
+    for name, grad in zip(strided, grads):
+        assert error(grad, expected[f"d{name}"]) < 1e-6
+    assert error(context, expected["context"]) < 1e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_expanded_gradient(backend: str, need_weights: bool) -> None:
+    """sum() sends a gradient of stride zero; weights that nothing uses send none."""
+    problem = make_problem("additive", 2, 3, 4, 5, 6)
+    problem.need_weights = need_weights
+    problem.dcontext = torch.ones(())
+    with rnnkern.backend(backend):
+        tensors = {name: t.requires_grad_() for name, t in problem.tensors.items()}
+        context, weights = problem.attend(tensors)
+        assert (weights is not None) == need_weights
+        grads = torch.autograd.grad(context.sum(), list(tensors.values()))
+        plain = torch.autograd.grad(problem.plain(tensors)[0].sum(), list(tensors.values()))
+    assert all(error(a, b) < 1e-5 for a, b in zip(grads, plain))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding", ["lengths", "mask"])
+@pytest.mark.parametrize("score", SCORES)
+def test_padding_is_never_read(score: str, padding: str, backend: str) -> None:
+    problem = make_problem(score, 4, 3, 9, 6, 5, padding=padding)
+    expected = problem.run(backend)
+    if score in ("dot", "scaled_dot"):  # a projection of torch would mix NaN into the gradient of its weight
+        for name, bad in (("key", math.nan), ("value", math.inf)):
+            problem.tensors[name][problem.is_padding()] = bad
+    actual = problem.run(backend)
+    assert_same_bits(actual, expected)
+    for name in ("context", "weights", "dquery", "dkey", "dvalue"):
+        assert actual[name][1].eq(0).all(), name  # row 1 has no valid key
+    assert actual["dvalue"][problem.is_padding()].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_propagates(name: str, score: str, backend: str) -> None:
+    problem = make_problem(score, 2, 3, 5, 4, 6)
+    problem.tensors[name][1, 2, 3] = math.nan
+    context = problem.run(backend)["context"]
+    touched = context.isnan().any(-1)
+    expected = torch.zeros(2, 3, dtype=torch.bool)
+    expected[1] = torch.tensor([False, False, True]) if name == "query" else True
+    assert torch.equal(touched, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("score", SCORES)
+def test_no_keys(score: str, backend: str) -> None:
+    results = make_problem(score, 2, 3, 0, 4, 5).run(backend)
+    assert results["context"].shape == (2, 3, 5)
+    assert results["weights"].shape == (2, 3, 0)
+    assert all(value.eq(0).all() for value in results.values())
+
+
+@needs_kernels
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("score", SCORES)
+def test_threads_change_no_bit(score: str, B: int, isa: str) -> None:
+    problem = make_problem(score, B, 41, 120, 64, 40, padding="mask" if B > 1 else "none")
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            tensors = {name: t.detach().requires_grad_() for name, t in problem.tensors.items()}
+            # The projections are torch's; only the operator's own results are compared.
+            query, key = tensors["query"], tensors["key"][..., : tensors["query"].shape[2]]
+            vector = tensors["query"][0, 0].detach().clone().requires_grad_() if score == "additive" else None
+            inputs = [query, key, tensors["value"], *([vector] if vector is not None else [])]
+            kind = "additive" if score == "additive" else "dot"
+            mask = problem.padding.get("key_padding_mask")
+            out = torch.ops.rnnkern.attention(query, key, tensors["value"], vector, None, mask, kind, 0.3, True)
+            grads = torch.autograd.grad(out, inputs, (problem.dcontext, problem.dweights))
+            results.append({str(i): t.detach() for i, t in enumerate((*out, *grads))})
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])
+
+
+@needs_kernels
+def test_avx2_and_avx512_agree_to_the_bit() -> None:
+    supported = [name for name in ("avx2", "avx512") if name in rnnkern._library.extension.supported_isas()]
+    if len(supported) < 2:
+        pytest.skip("needs AVX-512")
+    problem = make_problem("additive", 2, 5, 30, 40, 20)
+    before = rnnkern._library.extension.get_isa()
+    results = []
+    for name in supported:
+        rnnkern._library.extension.set_isa(name)
+        results.append(problem.run("cpu"))
+    rnnkern._library.extension.set_isa(before)
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_value_size_and_default(score: str) -> None:
+    query, key = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    kind = Additive(torch.randn(4)) if score == "additive" else score
+    assert torch.equal(attention(query, key, score=kind)[0], attention(query, key, key, score=kind)[0])
+
+
+PEAK = """
+import resource, torch
+from rnnkern.functional import Additive, attention
+torch.set_num_threads(2)
+def run(B, T, A):
+    q, k, v = (torch.randn(B, T, A, requires_grad=True) for _ in range(3))
+    context, _ = attention(q, k, v, score=Additive(torch.randn(A, requires_grad=True)))
+    context.sum().backward()
+run(1, 4, 8)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(8, 200, 512)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@needs_kernels
+def test_peak_memory() -> None:
+    """Forward and backward at B=8, Tq=Tk=200, A=512: the B x Tq x Tk x A tensor alone would be 625 MiB.
+
+    Inputs, output and gradients are 8 tensors of 3.1 MiB, and each thread has about 5 MiB of scratch.
+    """
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 64
