@@ -68,11 +68,12 @@ def attention(
     - ``Additive(vector, query_weight, key_weight, bias)``: v . tanh(W_q q + W_k k + b)
 
     The CPU kernels never hold a B x Tq x Tk x A tensor, nor keep a B x Tq x Tk one for the backward pass. Sums are
-    float32 for bfloat16 and float16. Results do not depend on the number of threads. tanh comes from the exponentials of
-    query and key apart where both lie within +-10 (float64: +-80), and from their sum elsewhere.
+    float32 for bfloat16 and float16. Results do not depend on the number of threads. tanh comes from the exponentials
+    of query and key apart where both lie within +-10 (float64: +-80), and from their sum elsewhere.
 
     A row without a valid key (a length of zero, a mask that is all True, or Tk = 0) has zero weights, zero context and
-    zero gradients. What is padding is never read and may hold NaN; a NaN that is not padding propagates.
+    zero gradients. The kernels never read what is padding, so it may hold NaN; but the gradient of ``Additive``'s
+    key_weight is a product of torch over all keys, where padding must be finite. A NaN that is not padding propagates.
 
     Args:
         query: queries.  # [B, Tq, Dq], or [B, Dq] for one query per row

@@ -63,7 +63,7 @@ struct AttentionArguments {
                     "rnnkern::attention: lengths must be int64 [B]");
     for (int64_t b = 0; lengths.has_value() && b < in.B; ++b) {
       STD_TORCH_CHECK(in.lengths[b] >= 0 && in.lengths[b] <= in.Tk, "lengths: expected values in 0..", in.Tk,
-                      " (the number of keys), got ", in.lengths[b], " at position ", b);
+                      ", the number of keys, got ", in.lengths[b]);
     }
   }
 

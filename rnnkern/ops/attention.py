@@ -128,9 +128,7 @@ def _double_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Tensor | None, .
     return (*second, None, None, None, None)
 
 
-def _gradient(
-    outputs: Any, inputs: list[Any], cotangents: list[Any], *, create_graph: bool
-) -> list[Tensor | None]:
+def _gradient(outputs: Any, inputs: list[Any], cotangents: list[Any], *, create_graph: bool) -> list[Tensor | None]:
     """One entry per input; None where there is no input, no cotangent or no path."""
     pairs = [(o, g) for o, g in zip(outputs, cotangents) if o is not None and g is not None and o.requires_grad]
     wanted = [i for i in inputs if i is not None]
@@ -178,6 +176,8 @@ def attend(
         RuntimeError: a length is not within 0..Tk.
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
+    if lengths is not None and not torch.compiler.is_compiling():  # the kernel checks what a traced program cannot
+        _check_range(lengths, key.shape[1])
     forced = _dispatch.forced()
     why = "forced" if forced == "eager" else refusal(query.device.type, query.dtype)
     if why and forced == "cpu":
@@ -185,8 +185,6 @@ def attend(
     if why:
         if forced is None and query.device.type == "cpu" and _library.reason:
             _library.warn_if_missing()
-        if lengths is not None and not torch.compiler.is_compiling():
-            _check_range(lengths, key.shape[1])
         context, weights = reference(query, key, value, vector, lengths, mask, score, scale)
         return context, weights if need_weights else None
     grad = torch.is_grad_enabled() and (
@@ -198,9 +196,7 @@ def attend(
 
 
 def _check_range(lengths: Tensor, Tk: int) -> None:
-    """Raises RuntimeError as the CPU kernel does."""
-    for b, length in enumerate(lengths.tolist()):
-        if not 0 <= length <= Tk:
-            raise RuntimeError(
-                f"lengths: expected values in 0..{Tk} (the number of keys), got {length} at position {b}"
-            )
+    values = lengths.tolist()
+    if values and not 0 <= min(values) <= max(values) <= Tk:
+        wrong = next(length for length in values if not 0 <= length <= Tk)
+        raise RuntimeError(f"lengths: expected values in 0..{Tk}, the number of keys, got {wrong}")
