@@ -6,11 +6,11 @@
 // depends on B alone, because it is part of the canonical order of summation.
 //
 // Gate gradients lie in slots, [slot block][chunk row][16]: first the recurrent part of the split gates, then the gates
-// that dgx and dgh share, then the input part of the split gates. So dgh is slots [0, G) and dgx slots [split, split +
-// G).
+// that dgx and dgh share, then the input part of the split gates: dgh is slots [0, G), dgx slots [split, split + G).
 #pragma once
 
 #include "cpu/layer_engine.h"
+#include "cpu/layer_weight_gradients.h"
 
 namespace rnnkern::RNNKERN_ISA {
 
@@ -19,16 +19,12 @@ class Backward {
   using T = Compute<S>;
   using V = Vec<T>;
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
-  static constexpr int kSplit = Cell::kSplitGates, kSlots = kGates + kSplit;
+  static constexpr int kSplit = Cell::kSplitGates, kSlots = GateSlots<kGates, kSplit>::kCount;
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
   static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8, kInputPanels = 4, kChunkRows = 256;
   static constexpr int64_t kRunBlocks = kRun / kBlock / kGates;  // unit blocks in a run
-  static constexpr int kWeightPanel = 2;                         // blocks of columns of dW at a time
 
-  static constexpr int slot_of_dgh(int gate) {
-    return gate >= kGates - kSplit ? gate - (kGates - kSplit) : kSplit + gate;
-  }
-  static constexpr int gate_of_dgh(int slot) { return slot < kSplit ? kGates - kSplit + slot : slot - kSplit; }
+  using Slots = GateSlots<kGates, kSplit>;
 
  public:
   static size_t bytes(const LayerPlan& plan) { return Backward(plan, LayerGradients{}, -1, nullptr).bytes_; }
@@ -55,12 +51,12 @@ class Backward {
   static void finish(const LayerPlan& plan, const LayerGradients& grad, int64_t begin, int64_t end) {
     const Backward engine(plan, grad, -1, plan.workspace);
     if (grad.dx) engine.finish_dx(begin, end);
-    if (grad.need_dw && begin == 0 && sizeof(S) != sizeof(T)) engine.finish_weights();
+    if (grad.need_dw && begin == 0) engine.weights_.finish();
   }
 
  private:
   Backward(const LayerPlan& plan, const LayerGradients& grad, int member, void* workspace)
-      : plan_(plan), in_(*plan.in), grad_(grad), blocks_(blocks_of(plan.in->H)) {
+      : plan_(plan), in_(*plan.in), grad_(grad), blocks_(blocks_of(plan.in->H)), weights_(plan, grad) {
     Arena arena(workspace);
     const int64_t input_blocks = blocks_of(in_.I);
     panel_stride_ = blocks_ * kGates * kBlock * kBlock;
@@ -72,24 +68,13 @@ class Backward {
       for (T*& gates : gates_[d]) gates = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
       for (T*& carry : carry_[d]) carry = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
       dx_[d] = in_.D == 2 ? arena.take<T>(size_t(in_.T * in_.B * in_.I)) : nullptr;
-      const LayerGradients::Weights& out = grad.weights[d];
-      const int64_t rows = kGates * in_.H;
-      void* outs[4] = {out.dw_ih, out.dw_hh, out.db_ih, out.db_hh};
-      T** targets[4] = {&dw_ih_[d], &dw_hh_[d], &db_ih_[d], &db_hh_[d]};
-      const int64_t sizes[4] = {rows * in_.I, rows * in_.H, rows, rows};
-      for (int i = 0; i < 4; ++i) {  // summed in the compute type: in place where that is the storage type
-        if (sizeof(S) == sizeof(T)) {
-          *targets[i] = static_cast<T*>(outs[i]);
-        } else {
-          *targets[i] = arena.take<T>(size_t(sizes[i]));
-        }
-      }
     }
+    weights_.place(arena);
     const int64_t panel = kPanelBlocks * min_of(kPanelRows, max_of(in_.B, chunk_ * in_.B)) * kBlock;
     for (int i = 0; i < plan.members; ++i) {
       T* half0 = arena.take<T>(size_t(panel));
       T* half1 = arena.take<T>(size_t(panel));
-      T* columns = arena.take<T>(size_t(kWeightPanel * chunk_ * in_.B * kBlock));
+      T* columns = arena.take<T>(size_t(weights_.kPanel * chunk_ * in_.B * kBlock));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
       T* panels = arena.take<T>(size_t(plan.steps > 1 ? 0 : kInputPanels * panel_stride_));
       if (i == member) {
@@ -108,7 +93,7 @@ class Backward {
     const int64_t columns = hidden ? in_.H : in_.I;
     const S* from = static_cast<const S*>(hidden ? in_.weights[d].w_hh : in_.weights[d].w_ih);
     for (int64_t k = 0; k < blocks_ * kGates * kBlock; ++k) {
-      const int slot = int(k / kBlock % kGates), gate = hidden ? gate_of_dgh(slot) : slot;
+      const int slot = int(k / kBlock % kGates), gate = hidden ? Slots::gate_of_dgh(slot) : slot;
       const int64_t unit = k / (kBlock * kGates) * kBlock + k % kBlock;
       for (int64_t i = 0; i < count; ++i) {
         const int64_t column = (block + i) * kBlock;
@@ -127,18 +112,16 @@ class Backward {
     return panels_;
   }
 
-  int64_t time_of(int d, int64_t step) const { return d == 0 ? plan_.steps - 1 - step : step; }
   int64_t row_of(int64_t m) const { return plan_.order[m]; }
-  bool fresh(int d, int64_t t, int64_t m) const { return fresh_state(in_, d, t, row_of(m), plan_.length[m]); }
-  bool first_step(int d, int64_t t, int64_t m) const { return d == 0 ? t == 0 : t + 1 == plan_.length[m]; }
   T* gates(int d, int64_t chunk, int64_t block, int slot) const {
     return gates_[d][chunk & 1] + (block * kSlots + slot) * rows_stride_;
   }
 
   void run_direction(int d, const Share& share, const Member& member) {
     const Range rows = rows_of(plan_, share), blocks = blocks_of(plan_, share), own = part_of(blocks_, share);
+    const BackwardOrder order{plan_, d};
     start(d, rows, blocks);
-    if (grad_.need_dw && plan_.steps == 0) clear_weights(d, own);
+    if (grad_.need_dw && plan_.steps == 0) weights_.clear(d, own);
     const T* done = nullptr;  // gate gradients of the step just done, from their first row
     int64_t done_rows = 0, done_time = 0;
     for (int64_t step = 0, chunk = 0; step < plan_.steps; step += chunk_, ++chunk) {
@@ -146,11 +129,11 @@ class Backward {
       int64_t count = 0;
       for (int64_t i = 0; i < steps; ++i) {
         first_row_[i] = count;
-        count += plan_.alive[time_of(d, step + i)];
+        count += plan_.alive[order.time(step + i)];
       }
       first_row_[steps] = count;
       for (int64_t i = 0; i < steps; ++i) {
-        const int64_t t = time_of(d, step + i);
+        const int64_t t = order.time(step + i);
         run_step(d, share, rows, blocks, t, chunk, first_row_[i], step + i, done, done_rows, done_time);
         if (share.unit_split) plan_.flags[share.base + share.index].raise(step + i + 1);
         done = gates(d, chunk, 0, 0) + first_row_[i] * kBlock;
@@ -165,7 +148,9 @@ class Backward {
         input_gradients(d, by_columns ? all_rows : part_of(count, share),
                         by_columns ? part_of(all_columns.end, share) : all_columns, step, steps, chunk);
       }
-      if (grad_.need_dw) weight_gradients(d, own, step, steps, chunk, count);
+      if (grad_.need_dw) {
+        weights_.add(d, own, {step, step + steps}, gates(d, chunk, 0, 0), rows_stride_, count, columns_, half_[0]);
+      }
     }
     run_step(d, share, rows, blocks, -1, 0, 0, plan_.steps, done, done_rows, done_time);
   }
@@ -257,10 +242,12 @@ class Backward {
                  const T* sums, int64_t done_time) {
     const int64_t b = row_of(m), H = in_.H, unit = block * kBlock, initial = (d * in_.B + b) * H + unit;
     const int64_t at = ((t * in_.B + b) * in_.D + d) * H + unit;
-    const bool cut = sums && fresh(d, done_time, m);  // no gradient crosses a reset
+    const BackwardOrder order{plan_, d};
+    const bool cut = sums && order.fresh(done_time, m);  // no gradient crosses a reset
     // The state before step t: zero, the initial one, or that of the step before in this direction's order.
-    const bool zero_before = alive && fresh(d, t, m), initial_before = alive && !zero_before && first_step(d, t, m);
-    const int64_t before = d == 0 ? t - 1 : t + 1;
+    const bool zero_before = alive && order.fresh(t, m);
+    const bool initial_before = alive && !zero_before && order.first_step(t, m);
+    const int64_t before = order.before(t);
     const S* h_before = initial_before ? static_cast<const S*>(in_.h0) + initial
                                        : static_cast<const S*>(grad_.y) + ((before * in_.B + b) * in_.D + d) * H + unit;
     const T* saved_row = saved(d, t, block, b);
@@ -273,8 +260,7 @@ class Backward {
         dnext[0] = V::load(sums + j) + V::load(half_[1] + (sums - half_[0]) + j) + dnext[0];
       }
       if (!alive) {
-        for (int s = 0; s < kStates && lanes > 0; ++s)
-          store_initial(s, initial + j, dnext[s], min_of(lanes, V::kLanes));
+        for (int s = 0; s < kStates && lanes > 0; ++s) store_initial(s, initial + j, dnext[s], lanes);
         continue;
       }
       T* gate_row = gates(d, chunk, block, 0) + (chunk_row + m) * kBlock + j;
@@ -296,7 +282,7 @@ class Backward {
       // Lanes past H would otherwise carry what a non-finite input left there into the products.
       for (int g = 0; g < kGates; ++g) {
         if (g >= kGates - kSplit) dgx[g].first(lanes).store(gate_row + (kSplit + g) * rows_stride_);
-        dgh[g].first(lanes).store(gate_row + slot_of_dgh(g) * rows_stride_);
+        dgh[g].first(lanes).store(gate_row + Slots::of_dgh(g) * rows_stride_);
       }
       for (int s = 0; s < kStates; ++s) {
         (zero_before ? V(T(0)) : dstate[s]).store(carry_[d][s] + carry_at + j);
@@ -325,7 +311,8 @@ class Backward {
         }
         for (int64_t row = r; row < r + count; ++row) {
           while (i + 1 < steps && first_row_[i + 1] <= row) ++i;
-          const int64_t t = time_of(d, step + i), at = (t * in_.B + row_of(row - first_row_[i])) * in_.I;
+          const int64_t t = BackwardOrder{plan_, d}.time(step + i);
+          const int64_t at = (t * in_.B + row_of(row - first_row_[i])) * in_.I;
           for (int64_t block = 0; block < panel; ++block) {
             const int64_t column = (begin + block) * kBlock, width = min_of(int64_t(kBlock), in_.I - column);
             const T* from = half_[0] + (block * count + row - r) * kBlock;
@@ -356,126 +343,16 @@ class Backward {
     }
   }
 
-  // Rows of units of this member's blocks, for each gate.
-  template <class Body>
-  void for_each_gate(const Range& own, const Body& body) const {
-    const int64_t first = own.begin * kBlock, last = min_of(own.end * kBlock, in_.H);
-    for (int64_t gate = 0; gate < kGates && first < last; ++gate) body(gate * in_.H + first, last - first);
-  }
-
-  void clear_weights(int d, const Range& own) {
-    for_each_gate(own, [&](int64_t row, int64_t rows) {
-      memset(dw_ih_[d] + row * in_.I, 0, size_t(rows * in_.I) * sizeof(T));
-      memset(dw_hh_[d] + row * in_.H, 0, size_t(rows * in_.H) * sizeof(T));
-      if (db_ih_[d]) memset(db_ih_[d] + row, 0, size_t(rows) * sizeof(T));
-      if (db_hh_[d]) memset(db_hh_[d] + row, 0, size_t(rows) * sizeof(T));
-    });
-  }
-
-  // dW_hh += dgh^T h, dW_ih += dgx^T x, db += sums, for the units of this member's blocks.
-  void weight_gradients(int d, const Range& own, int64_t step, int64_t steps, int64_t chunk, int64_t count) {
-    for (int64_t block = own.begin; block < own.end; ++block) {
-      for (int gate = 0; gate < kGates; ++gate) {
-        add_bias(db_hh_[d], gates(d, chunk, block, slot_of_dgh(gate)), block, gate, count, chunk == 0);
-        add_bias(db_ih_[d], gates(d, chunk, block, kSplit + gate), block, gate, count, chunk == 0);
-      }
-    }
-    for (const bool hidden : {true, false}) {
-      const int64_t width = hidden ? in_.H : in_.I, panels = blocks_of(width);
-      for (int64_t panel = 0; panel < panels; panel += kWeightPanel) {
-        const int64_t blocks = min_of(int64_t(kWeightPanel), panels - panel);
-        for (int64_t i = 0; i < blocks; ++i) {
-          gather_columns(d, hidden, step, steps, (panel + i) * kBlock, columns_ + i * count * kBlock);
-        }
-        for (int64_t block = own.begin; block < own.end; ++block) {
-          const int64_t units = min_of(int64_t(kBlock), in_.H - block * kBlock);
-          for (int gate = 0; gate < kGates; ++gate) {
-            const int slot = hidden ? slot_of_dgh(gate) : kSplit + gate;
-            gemm_transposed<T>(units, blocks, {gates(d, chunk, block, slot), 1, int(count), kBlock},
-                               {columns_, count * kBlock}, {half_[0], kBlock * kBlock, Start::zero});
-            for (int64_t i = 0; i < blocks; ++i) {
-              const int64_t column = (panel + i) * kBlock;
-              T* dw = (hidden ? dw_hh_[d] : dw_ih_[d]) + (gate * in_.H + block * kBlock) * width + column;
-              add_square(half_[0] + i * kBlock * kBlock, dw, width, units, min_of(int64_t(kBlock), width - column),
-                         chunk == 0);
-            }
-          }
-        }
-      }
-    }
-  }
-
-  static void add_square(const T* from, T* to, int64_t stride, int64_t rows, int64_t columns, bool first) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int j = 0; j < kBlock; j += V::kLanes) {
-        const int lanes = int(min_of(int64_t(V::kLanes), columns - j));
-        if (lanes <= 0) break;
-        const V sum = V::load(from + r * kBlock + j);
-        T* at = to + r * stride + j;
-        store_lanes(at, first ? sum : load_lanes(at, lanes) + sum, lanes);
-      }
-    }
-  }
-
-  void add_bias(T* db, const T* rows, int64_t block, int gate, int64_t count, bool first) const {
-    if (!db) return;
-    for (int j = 0; j < kBlock; j += V::kLanes) {
-      const int lanes = int(min_of(int64_t(V::kLanes), in_.H - block * kBlock - j));
-      if (lanes <= 0) return;
-      V sum(T(0));
-      for (int64_t r = 0; r < count; ++r) sum = sum + V::load(rows + r * kBlock + j);
-      T* to = db + gate * in_.H + block * kBlock + j;
-      store_lanes(to, first ? sum : load_lanes(to, lanes) + sum, lanes);
-    }
-  }
-
-  // Sixteen columns of the chunk's inputs (x, or h before each step), [chunk row][16].
-  void gather_columns(int d, bool hidden, int64_t step, int64_t steps, int64_t column, T* to) const {
-    const int64_t width = hidden ? in_.H : in_.I;
-    for (int64_t i = 0; i < steps; ++i) {
-      const int64_t t = time_of(d, step + i), before = d == 0 ? t - 1 : t + 1;
-      for (int64_t m = 0; m < plan_.alive[t]; ++m, to += kBlock) {
-        const int64_t b = row_of(m);
-        const S* from;
-        if (!hidden) {
-          from = static_cast<const S*>(in_.x) + t * in_.x_time + b * in_.x_batch;
-        } else if (fresh(d, t, m)) {
-          memset(to, 0, kBlock * sizeof(T));
-          continue;
-        } else if (first_step(d, t, m)) {
-          from = static_cast<const S*>(in_.h0) + (d * in_.B + b) * in_.H;
-        } else {
-          from = static_cast<const S*>(grad_.y) + ((before * in_.B + b) * in_.D + d) * in_.H;
-        }
-        for (int j = 0; j < kBlock; j += V::kLanes) {
-          const int lanes = int(min_of(int64_t(V::kLanes), width - column - j));
-          (lanes > 0 ? load_lanes(from + column + j, lanes) : V(T(0))).store(to + j);
-        }
-      }
-    }
-  }
-
-  void finish_weights() const {
-    const int64_t rows = kGates * in_.H;
-    for (int d = 0; d < in_.D; ++d) {
-      const LayerGradients::Weights& out = grad_.weights[d];
-      store_row<S>(dw_ih_[d], static_cast<S*>(out.dw_ih), rows * in_.I);
-      store_row<S>(dw_hh_[d], static_cast<S*>(out.dw_hh), rows * in_.H);
-      if (out.db_ih) store_row<S>(db_ih_[d], static_cast<S*>(out.db_ih), rows);
-      if (out.db_hh) store_row<S>(db_hh_[d], static_cast<S*>(out.db_hh), rows);
-    }
-  }
-
   const LayerPlan& plan_;
   const LayerInputs& in_;
   const LayerGradients& grad_;
   const int64_t blocks_;
+  WeightGradients<S, kGates, kSplit> weights_;
   int64_t panel_stride_, chunk_, rows_stride_;
   T *w_hh_[2], *w_ih_[2];  // [direction]: transposed weights [column block][unit block][slot][16 units][16]
   T* gates_[2][2];         // [direction][chunk & 1]: gate gradients [unit block][slot][chunk row][16]
   T* carry_[2][kStates];   // [direction][state]: gradient that bypasses W_hh, [block][row][16]
   T* dx_[2];               // [direction]: [T][B][I], for two directions
-  T *dw_ih_[2], *dw_hh_[2], *db_ih_[2], *db_hh_[2];
   T *half_[2], *columns_;  // own scratch: [panel block][panel row][16], [block][chunk row][16]
   T* panels_;              // transposed weights packed as they are used, for a single step
   int64_t* first_row_;     // [chunk step] its first chunk row

@@ -141,16 +141,14 @@ void pack_block(const S* from, T* to, int gates, int64_t H, int64_t K, int64_t b
   using V = Vec<T>;
   constexpr int L = V::kLanes;
   const int64_t units = min_of(int64_t(kBlock), H - block * kBlock), width = gates * kBlock;
-  for (int64_t k = 0; k < K; k += L) {
-    const int count = int(min_of(int64_t(L), K - k));
-    for (int g = 0; g < gates; ++g) {
-      for (int64_t j = 0; j < kBlock; j += L) {
+  for (int g = 0; g < gates; ++g) {
+    for (int64_t j = 0; j < kBlock; j += L) {
+      const S* const row = from + (g * H + block * kBlock + j) * K;
+      for (int64_t k = 0; k < K; k += L) {  // innermost: as many streams as lanes, each read in order
+        const int count = int(min_of(int64_t(L), K - k));
         V rows[L];
         RNNKERN_UNROLL
-        for (int i = 0; i < L; ++i) {
-          const S* row = from + (g * H + block * kBlock + j + i) * K + k;
-          rows[i] = j + i < units ? load_lanes(row, count) : V(T(0));
-        }
+        for (int i = 0; i < L; ++i) rows[i] = j + i < units ? load_lanes(row + i * K + k, count) : V(T(0));
         transpose(rows);
         T* column = to + k * width + g * kBlock + j;
         RNNKERN_UNROLL

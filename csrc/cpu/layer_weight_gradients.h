@@ -1,0 +1,170 @@
+// Gradients of a layer's weights and biases, and what they share with the backward engine: its order and gate slots.
+#pragma once
+
+#include "cpu/layer_engine.h"
+
+namespace rnnkern::RNNKERN_ISA {
+
+// Slots of the gate gradients of a unit block, see layer_backward.h.
+template <int kGates, int kSplit>
+struct GateSlots {
+  static constexpr int kCount = kGates + kSplit;
+  static constexpr int of_dgh(int gate) { return gate >= kGates - kSplit ? gate - (kGates - kSplit) : kSplit + gate; }
+  static constexpr int of_dgx(int gate) { return kSplit + gate; }
+  static constexpr int gate_of_dgh(int slot) { return slot < kSplit ? kGates - kSplit + slot : slot - kSplit; }
+};
+
+// Backward's order of steps in direction d. m counts the rows sorted by length.
+struct BackwardOrder {
+  const LayerPlan& plan;
+  int d;
+  int64_t time(int64_t step) const { return d == 0 ? plan.steps - 1 - step : step; }
+  int64_t before(int64_t t) const { return d == 0 ? t - 1 : t + 1; }  // the step that forward made before t
+  bool first_step(int64_t t, int64_t m) const { return d == 0 ? t == 0 : t + 1 == plan.length[m]; }
+  bool fresh(int64_t t, int64_t m) const { return fresh_state(*plan.in, d, t, plan.order[m], plan.length[m]); }
+};
+
+template <class S, int kGates, int kSplit>
+class WeightGradients {
+  using T = Compute<S>;
+  using V = Vec<T>;
+  using Slots = GateSlots<kGates, kSplit>;
+  static constexpr bool kInPlace = sizeof(S) == sizeof(T);  // sums are made in the compute type
+
+ public:
+  static constexpr int kPanel = 2;  // column blocks at a time
+
+  WeightGradients(const LayerPlan& plan, const LayerGradients& grad) : plan_(plan), in_(*plan.in), grad_(grad) {}
+
+  void place(Arena& arena) {
+    const int64_t rows = kGates * in_.H, sizes[4] = {rows * in_.I, rows * in_.H, rows, rows};
+    for (int d = 0; d < in_.D; ++d) {
+      const LayerGradients::Weights& out = grad_.weights[d];
+      void* const outs[4] = {out.dw_ih, out.dw_hh, out.db_ih, out.db_hh};
+      for (int i = 0; i < 4; ++i) {
+        sums_[d][i] = kInPlace ? static_cast<T*>(outs[i]) : arena.take<T>(size_t(sizes[i]));
+      }
+    }
+  }
+
+  // Zeros for the units of the blocks `own`: there are no steps.
+  void clear(int d, const Range& own) const {
+    const int64_t first = own.begin * kBlock, units = min_of(own.end * kBlock, in_.H) - first;
+    const int64_t widths[4] = {in_.I, in_.H, 1, 1};
+    for (int64_t gate = 0; gate < kGates && units > 0; ++gate) {
+      for (int i = 0; i < 4; ++i) {
+        T* row = sums_[d][i] ? sums_[d][i] + (gate * in_.H + first) * widths[i] : nullptr;
+        if (row) memset(row, 0, size_t(units * widths[i]) * sizeof(T));
+      }
+    }
+  }
+
+  // dW_hh += dgh^T h, dW_ih += dgx^T x, db += sums over a chunk's steps, for the units of the blocks `own`.
+  // gates: [unit block][slot][chunk row][16], `stride` elements per slot; the other two are scratch memory.
+  void add(int d, const Range& own, const Range& steps, const T* gates, int64_t stride, int64_t rows, T* columns,
+           T* square) const {
+    const bool first = steps.begin == 0;
+    const auto slot_rows = [&](int64_t block, int slot) { return gates + (block * Slots::kCount + slot) * stride; };
+    for (int64_t block = own.begin; block < own.end; ++block) {
+      for (int gate = 0; gate < kGates; ++gate) {
+        add_bias(sums_[d][2], slot_rows(block, Slots::of_dgx(gate)), block, gate, rows, first);
+        add_bias(sums_[d][3], slot_rows(block, Slots::of_dgh(gate)), block, gate, rows, first);
+      }
+    }
+    for (const bool hidden : {true, false}) {
+      const int64_t width = hidden ? in_.H : in_.I, panels = blocks_of(width);
+      for (int64_t panel = 0; panel < panels; panel += kPanel) {
+        const int64_t count = min_of(int64_t(kPanel), panels - panel);
+        for (int64_t i = 0; i < count; ++i) {
+          gather_columns(d, hidden, steps, (panel + i) * kBlock, columns + i * rows * kBlock);
+        }
+        for (int64_t block = own.begin; block < own.end; ++block) {
+          const int64_t units = min_of(int64_t(kBlock), in_.H - block * kBlock);
+          for (int gate = 0; gate < kGates; ++gate) {
+            const T* from = slot_rows(block, hidden ? Slots::of_dgh(gate) : Slots::of_dgx(gate));
+            gemm_transposed<T>(units, count, {from, 1, int(rows), kBlock}, {columns, rows * kBlock},
+                               {square, kBlock * kBlock, Start::zero});
+            for (int64_t i = 0; i < count; ++i) {
+              const int64_t column = (panel + i) * kBlock;
+              T* to = sums_[d][hidden ? 1 : 0] + (gate * in_.H + block * kBlock) * width + column;
+              add_square(square + i * kBlock * kBlock, to, width, units, min_of(int64_t(kBlock), width - column),
+                         first);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Rounds the sums to storage.
+  void finish() const {
+    if (kInPlace) return;
+    const int64_t rows = kGates * in_.H;
+    for (int d = 0; d < in_.D; ++d) {
+      const LayerGradients::Weights& out = grad_.weights[d];
+      void* const outs[4] = {out.dw_ih, out.dw_hh, out.db_ih, out.db_hh};
+      const int64_t sizes[4] = {rows * in_.I, rows * in_.H, rows, rows};
+      for (int i = 0; i < 4; ++i) {
+        if (outs[i]) store_row<S>(sums_[d][i], static_cast<S*>(outs[i]), sizes[i]);
+      }
+    }
+  }
+
+ private:
+  static void add_square(const T* from, T* to, int64_t stride, int64_t rows, int64_t columns, bool first) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int j = 0; j < kBlock && j < columns; j += V::kLanes) {
+        const int lanes = int(min_of(int64_t(V::kLanes), columns - j));
+        const V sum = V::load(from + r * kBlock + j);
+        T* at = to + r * stride + j;
+        store_lanes(at, first ? sum : load_lanes(at, lanes) + sum, lanes);
+      }
+    }
+  }
+
+  void add_bias(T* sums, const T* from, int64_t block, int gate, int64_t rows, bool first) const {
+    const int64_t units = in_.H - block * kBlock;
+    if (!sums) return;
+    for (int j = 0; j < kBlock && j < units; j += V::kLanes) {
+      const int lanes = int(min_of(int64_t(V::kLanes), units - j));
+      V sum(T(0));
+      for (int64_t r = 0; r < rows; ++r) sum = sum + V::load(from + r * kBlock + j);
+      T* at = sums + gate * in_.H + block * kBlock + j;
+      store_lanes(at, first ? sum : load_lanes(at, lanes) + sum, lanes);
+    }
+  }
+
+  // Sixteen columns of what a chunk's steps read, x or the h before each step: [chunk row][16].
+  void gather_columns(int d, bool hidden, const Range& steps, int64_t column, T* to) const {
+    const BackwardOrder order{plan_, d};
+    const int64_t width = hidden ? in_.H : in_.I;
+    for (int64_t step = steps.begin; step < steps.end; ++step) {
+      const int64_t t = order.time(step);
+      for (int64_t m = 0; m < plan_.alive[t]; ++m, to += kBlock) {
+        const int64_t b = plan_.order[m];
+        const S* from;
+        if (!hidden) {
+          from = static_cast<const S*>(in_.x) + t * in_.x_time + b * in_.x_batch;
+        } else if (order.fresh(t, m)) {
+          memset(to, 0, kBlock * sizeof(T));
+          continue;
+        } else if (order.first_step(t, m)) {
+          from = static_cast<const S*>(in_.h0) + (d * in_.B + b) * in_.H;
+        } else {
+          from = static_cast<const S*>(grad_.y) + ((order.before(t) * in_.B + b) * in_.D + d) * in_.H;
+        }
+        for (int j = 0; j < kBlock; j += V::kLanes) {
+          const int lanes = int(min_of(int64_t(V::kLanes), width - column - j));
+          (lanes > 0 ? load_lanes(from + column + j, lanes) : V(T(0))).store(to + j);
+        }
+      }
+    }
+  }
+
+  const LayerPlan& plan_;
+  const LayerInputs& in_;
+  const LayerGradients& grad_;
+  T* sums_[2][4];  // [direction]: dw_ih [G*H, I], dw_hh [G*H, H], db_ih [G*H], db_hh [G*H]; null where not wanted
+};
+
+}  // namespace rnnkern::RNNKERN_ISA
