@@ -5,12 +5,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.helpers import ISAS, instruction_set, poisoned_memory
+from tests.helpers import ISAS, instruction_set, poisoned_memory, threads
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> None:
+def _same_start() -> Iterator[None]:
+    """The same random numbers, and one thread: on tensors this small more only wait; tests of threads ask for them."""
     torch.manual_seed(0)
+    with threads(1):
+        yield
 
 
 @pytest.fixture(params=ISAS or [pytest.param("none", marks=pytest.mark.skip(reason="no compiled kernels"))])

@@ -26,6 +26,7 @@ def test_cpu_kernels_run_what_they_support() -> None:
         ({"device": "cuda"}, "cuda kernels are not part of this version"),
         ({"projection": True}, "proj_size is not supported by cpu kernels"),
         ({"dtype": torch.complex64}, "torch.complex64 is not supported by cpu kernels"),
+        ({"transformed": True}, "torch.func transforms and forward-mode derivatives are not supported by cpu kernels"),
         ({"cell": "toy"}, "cell 'toy' is not supported by cpu kernels"),
         ({"missing": "not built"}, "not built"),
     ],

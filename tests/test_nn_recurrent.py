@@ -276,26 +276,6 @@ def test_autocast_runs(kind: str, dtype: torch.dtype) -> None:
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
-def test_compiled_without_a_graph_break(kind: str) -> None:
-    module = getattr(rnnkern.nn, kind)(I, H, num_layers=2, bidirectional=True, batch_first=True)
-    run = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x = torch.randn(B, T, I)
-    for training in (True, False):
-        module.train(training)
-        torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
-        with torch.no_grad():
-            torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
-    lengths = torch.tensor([T, 0, 2])
-    torch.testing.assert_close(run(x, lengths=lengths), module(x, lengths=lengths), rtol=0, atol=0)
-    gradients = []
-    for f in (run, module):
-        module.zero_grad()
-        f(x)[0].pow(2).sum().backward()
-        gradients.append([p.grad for p in module.parameters()])
-    torch.testing.assert_close(*gradients, rtol=0, atol=0)
-
-
 def test_constructor_refuses_what_torch_refuses() -> None:
     cases: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         ("GRU", (I, H), {"proj_size": 2}),

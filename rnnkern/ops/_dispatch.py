@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from rnnkern import _library
 from rnnkern.cells import CELLS
@@ -27,7 +28,9 @@ class Choice(NamedTuple):
     why: str
 
 
-def refusal(backend: str, cell: str, device: str, dtype: torch.dtype, projection: bool, missing: str) -> str:
+def refusal(
+    backend: str, cell: str, device: str, dtype: torch.dtype, projection: bool, missing: str, transformed: bool = False
+) -> str:
     """Why a backend cannot run a layer, "" if it can; `missing` says why the compiled kernels are absent, "" if not."""
     if backend == "eager":
         return ""
@@ -39,6 +42,8 @@ def refusal(backend: str, cell: str, device: str, dtype: torch.dtype, projection
         return "proj_size is not supported by cpu kernels"
     if dtype not in CPU_DTYPES:
         return f"{dtype} is not supported by cpu kernels"
+    if transformed:
+        return "torch.func transforms and forward-mode derivatives are not supported by cpu kernels"
     if cell not in CELLS:
         return f"cell {cell!r} is not supported by cpu kernels"
     return missing
@@ -53,6 +58,7 @@ def choose(
     H: int,
     *,
     projection: bool = False,
+    transformed: bool = False,
     forced: str | None = None,
     missing: str = "",
 ) -> Choice:
@@ -66,6 +72,7 @@ def choose(
         B: batch size.
         H: hidden size.
         projection: whether the layer projects h (proj_size).
+        transformed: whether a torch.func transform or forward-mode differentiation is active.
         forced: the backend that the user asks for, or None.
         missing: why the compiled kernels are absent, "" if they are present.
 
@@ -73,12 +80,12 @@ def choose(
         BackendUnavailable: `forced` cannot run this.
     """
     if forced is not None:
-        why = refusal(forced, cell, device, dtype, projection, missing)
+        why = refusal(forced, cell, device, dtype, projection, missing, transformed)
         if why:
             raise BackendUnavailable(f"backend {forced!r} cannot run {cell}: {why}")
         return Choice(forced, "forced by rnnkern.backend")
     own = device if device in BACKENDS else "cpu"  # the backend whose refusal is worth telling
-    why = refusal(own, cell, device, dtype, projection, missing)
+    why = refusal(own, cell, device, dtype, projection, missing, transformed)
     return Choice("eager", f"{why}: eager reference") if why else Choice(own, "")
 
 
@@ -148,12 +155,22 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> st
     T, B, I = x.shape
     D, _, H = h0.shape
     device, dtype = x.device, x.dtype
-    if _overrides == 0 and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    transformed = not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    if _overrides == 0 and not compiling and not transformed:
         choice = _cached_choice(cell, device, dtype, T, B, H, projection)
     else:
-        forced = getattr(_thread, "forced", None) if _overrides else None
         choice = choose(
-            cell, device.type, dtype, T, B, H, projection=projection, forced=forced, missing=_library.reason
+            cell,
+            device.type,
+            dtype,
+            T,
+            B,
+            H,
+            projection=projection,
+            transformed=transformed,
+            forced=getattr(_thread, "forced", None) if _overrides else None,
+            missing=_library.reason,
         )
         notes = getattr(_thread, "notes", None) if _overrides else None
         if notes is not None:

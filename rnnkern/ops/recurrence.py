@@ -97,10 +97,11 @@ def _layer_backward(
     needed = ctx.needs_input_grad  # cell, x, h0, c0, 8 weights, lengths, resets, return_states
     dc_n = dc_n if ctx.two_states else None  # AOTAutograd gives zeros of shape [0] here
     dc_all = dc_all if ctx.every_state else None
+    saved = ctx.saved_tensors  # may run hooks, such as a checkpoint's whole forward: not below autograd
     # Without this, every backward would enter the Python formula of its own gradient to find that nobody wants one.
     with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.rnnkern.layer_backward.default(
-            ctx.cell, dy, dh_n, dc_n, dc_all, *ctx.saved_tensors, needed[1], any(needed[2:4]), any(needed[4:12])
+            ctx.cell, dy, dh_n, dc_n, dc_all, *saved, needed[1], any(needed[2:4]), any(needed[4:12])
         )
     return (None, *(grad if need else None for grad, need in zip(grads, needed[1:12])), None, None, None)
 
@@ -177,7 +178,7 @@ if _library.available:
 class _Layer(torch.autograd.Function):
     """`rnnkern::layer` with its registered formula, reached without the dispatcher's detour through Python.
 
-    Halves the time of a short training call; compilers and functorch need the operator itself.
+    Halves the time of a short training call; tracers need the operator itself.
     """
 
     @staticmethod
@@ -298,18 +299,24 @@ def recurrence(
             resets=resets,
             return_states=return_states,
         )
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or h0.requires_grad
-        or (c0 is not None and c0.requires_grad)
-        or any([w is not None and w.requires_grad for w in weights])
+    tracing = (
+        torch._C._get_tracing_state() is not None
+    )  # torch.jit.trace: the graph must serve with and without gradients
+    if tracing or (
+        torch.is_grad_enabled()
+        and (
+            x.requires_grad
+            or h0.requires_grad
+            or (c0 is not None and c0.requires_grad)
+            or any([w is not None and w.requires_grad for w in weights])
+        )
     ):
         check_weights(x, weights, cell, h0, h0)
-        call = _layer if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() else _apply_layer
+        call = _layer if tracing or torch.compiler.is_compiling() else _apply_layer
         y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states)
         return y, h_n, c_n, c_all
     packed = key = None
-    if x.shape[0] < SHORT and packs is not None and not torch.compiler.is_compiling():
+    if packs is not None and x.shape[0] < SHORT and not torch.compiler.is_compiling():
         key, packed = packs.find(layer, weights)
     if packed is None:  # a pack was checked when it was made
         check_weights(x, weights, cell, h0, h0)
