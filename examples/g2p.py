@@ -61,9 +61,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--encoder-hidden",
         type=int,
         metavar="H",
-        help="hidden size of each direction of the encoder (default: the decoder's, half of it for dot attention)",
+        help="hidden size of each direction of the encoder (default: half of the decoder's)",
     )
-    add(group, "--embedding", 128, "size of the letters' and phonemes' vectors", metavar="E")
+    add(group, "--embedding", 64, "size of the letters' and phonemes' vectors", metavar="E")
     add(group, "--encoder-layers", 1, "layers of the encoder", metavar="L")
     add(group, "--decoder-layers", 1, "layers of the decoder", metavar="L")
     add(group, "--dropout", 0.2, "dropout probability", metavar="P")
@@ -71,8 +71,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("training")
     add(group, "--epochs", 8, "passes over the training words", metavar="N")
-    add(group, "--batch", 256, "words per step", metavar="B")
-    add(group, "--lr", 2e-3, "highest learning rate; it rises at first, then falls to 0 along a cosine")
+    add(group, "--batch", 128, "words per step", metavar="B")
+    add(group, "--lr", 3e-3, "highest learning rate; it rises at first, then falls to 0 along a cosine")
     add(group, "--warmup", 0.05, "part of the training over which the learning rate rises", metavar="P")
     add(group, "--clip", 1.0, "largest norm of the gradient", metavar="NORM")
     add(group, "--seed", 0, "seed of weights, order and dropout", metavar="N")
@@ -121,9 +121,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make_config(options: argparse.Namespace, lexicon: data.Lexicon) -> Config:
     """Takes from the options what decides what is learned."""
-    encoder_size = options.encoder_hidden
-    if encoder_size is None:
-        encoder_size = max(1, options.hidden // 2) if options.attention == "dot" else options.hidden
+    encoder_size = max(1, options.hidden // 2) if options.encoder_hidden is None else options.encoder_hidden
     if options.attention == "dot" and 2 * encoder_size != options.hidden:
         raise data.DataError(
             f"dot attention needs --hidden twice --encoder-hidden, got {options.hidden} and {encoder_size}"
