@@ -85,6 +85,7 @@ def test_explain_tells_of_a_transform() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks, which a trace need not repeat
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", KINDS)
 def test_traced(kind: str) -> None:
     module, x = module_and_input(kind, num_layers=2)
