@@ -123,7 +123,7 @@ RNNKERN_FN Vec<Compute<S>> store_lanes(S* p, Vec<Compute<S>> x, int n) {
 template <class S>
 void load_row(const S* from, Compute<S>* to, int64_t count) {
   if constexpr (sizeof(S) == sizeof(Compute<S>)) {
-    memcpy(to, from, size_t(count) * sizeof(S));
+    if (count > 0) memcpy(to, from, size_t(count) * sizeof(S));  // an empty row may have no address
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i]);
   }
@@ -131,7 +131,7 @@ void load_row(const S* from, Compute<S>* to, int64_t count) {
 template <class S>
 void store_row(const Compute<S>* from, S* to, int64_t count) {
   if constexpr (sizeof(S) == sizeof(Compute<S>)) {
-    memcpy(to, from, size_t(count) * sizeof(S));
+    if (count > 0) memcpy(to, from, size_t(count) * sizeof(S));  // an empty row may have no address
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = to_storage<S>(from[i]);
   }
