@@ -164,7 +164,7 @@ void forward(const AttentionInputs& in, const AttentionOutputs& out, const Paral
         load<false>(x.value, j, keys);
         const RowOperand<T> left{x.scores + j, x.row, int(keys)};
         gemm<T, 1>(count, x.value.blocks, left, {x.value.panel, x.value.block_stride()},
-                   {x.context, x.query.block_stride(), j == 0 ? Start::zero : Start::add});
+                   {x.context, x.query.block_stride(), kBlock, j == 0 ? Start::zero : Start::add});
       }
       store_panel<S>(x.context, x.query.capacity, in.Dv, count, nullptr, context, nullptr);
       for (int64_t i = 0; weights && i < count; ++i) {
@@ -182,7 +182,7 @@ void add_transposed(const T* left, int64_t left_row, int64_t queries, int64_t ke
     RowOperand<T> transposed{left + j, 1, int(queries)};
     transposed.inner = left_row;
     gemm_transposed<T>(min_of(int64_t(kBlock), keys - j), blocks, transposed, {right, right_block},
-                       {to + j * kBlock, to_block, Start::add});
+                       {to + j * kBlock, to_block, kBlock, Start::add});
   }
 }
 
@@ -254,7 +254,7 @@ void backward(const AttentionInputs& in, const AttentionGradients& grad, const P
           } else {
             const RowOperand<T> left{x.dscores + j, x.row, int(keys)};
             gemm<T, 1>(count, x.key.blocks, left, {x.key.panel, x.key.block_stride()},
-                       {x.dquery, x.query.block_stride(), Start::add});
+                       {x.dquery, x.query.block_stride(), kBlock, Start::add});
             add_transposed(x.dscores + j, x.row, count, keys, x.query.panel, x.query.block_stride(), x.key.blocks,
                            tile_dkey, x.key.block_stride());
           }

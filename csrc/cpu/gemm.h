@@ -38,7 +38,7 @@ enum class Start { zero, add, bias };
 template <class T>
 struct Panel {
   T* c;  // [block][row][width]
-  int64_t block_stride;
+  int64_t block_stride, row_stride;
   Start start;
   const T* bias = nullptr;  // [block][width]
 };
@@ -93,7 +93,7 @@ void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<T>& P, int
     for (int b = 0; b < kBlocks; ++b) {
       RNNKERN_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        T* c = C.c + (block + b) * C.block_stride + (m + i) * kWidth + column + v * V::kLanes;
+        T* c = C.c + (block + b) * C.block_stride + (m + i) * C.row_stride + column + v * V::kLanes;
         (C.start == Start::add ? V::load(c) + sum[i][b][v] : sum[i][b][v]).store(c);
       }
     }
@@ -173,7 +173,7 @@ void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOper
 #undef RNNKERN_SHAPE
 }
 
-// The same for a transposed A: 16 rows at most, C[block][row][16].
+// The same for a transposed A, one gate: C[block][row][16].
 template <class T>
 void gemm_transposed(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P,
                      const Panel<T>& C) {

@@ -25,7 +25,9 @@ namespace {
 constexpr int kWorkspaceSlot = 0, kPackedSlot = 1;
 constexpr int kSamples = 16;                // sampled elements per weight, see stale_pack
 constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed weights
-constexpr double kSerialWork = 4e6;         // multiply-adds below which waking a thread costs more than it saves
+// Multiply-adds of the forward pass below which one thread runs alone. An idle thread takes milliseconds to wake, which
+// a stream of short calls would meet each time; training steps follow each other closely.
+constexpr double kSerialWork = 4e6, kSerialTrainingWork = 5e5;
 
 const LayerKernels& kernels_of(int cell, Dtype dtype) {
   const std::string& name = cell_traits().at(size_t(cell)).name;
@@ -40,7 +42,7 @@ const LayerKernels& kernels_of(int cell, Dtype dtype) {
 // The plan together with the arrays that it points to.
 class Plan {
  public:
-  Plan(int cell, const LayerInputs& in, const ParallelFor& parallel) : order_(in.B), length_(in.B) {
+  Plan(int cell, const LayerInputs& in, const ParallelFor& parallel, bool training) : order_(in.B), length_(in.B) {
     std::iota(order_.begin(), order_.end(), 0);
     if (in.lengths) {
       std::stable_sort(order_.begin(), order_.end(),
@@ -60,7 +62,7 @@ class Plan {
     plan.order = order_.data();
     plan.length = length_.data();
     plan.alive = alive_.data();
-    plan.members = work < kSerialWork ? 1 : std::max(1, parallel.threads);
+    plan.members = work < (training ? kSerialTrainingWork : kSerialWork) ? 1 : std::max(1, parallel.threads);
     flags_.resize(plan.members);
     plan.flags = flags_.data();
   }
@@ -140,7 +142,7 @@ bool stale_pack(int cell, const LayerInputs& in) {
 void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel) {
   if (in.B == 0) return;
   const LayerKernels& kernels = kernels_of(cell, in.dtype);
-  Plan owner(cell, in, parallel);
+  Plan owner(cell, in, parallel, out.saved != nullptr);
   LayerPlan& plan = owner.plan;
   const ParallelFor threads = limited(parallel, plan.members);
   if (in.packed && !stale_pack(cell, in)) {
@@ -151,14 +153,13 @@ void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, con
     plan.packed = static_cast<uint64_t*>(packed) + kFingerprint;
   }
   plan.workspace = workspace(kWorkspaceSlot, kernels.forward_bytes(plan));
-  if (out.saved) prefer_huge_pages(out.saved, size_t(saved_size(cell, in) * compute_size(in.dtype)));
   run_team(threads, plan.members, [&](const Member& member) { kernels.forward(plan, out, member); });
 }
 
 void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad, const ParallelFor& parallel) {
   if (in.B == 0) return;
   const LayerKernels& kernels = kernels_of(cell, in.dtype);
-  Plan owner(cell, in, parallel);
+  Plan owner(cell, in, parallel, true);
   LayerPlan& plan = owner.plan;
   const ParallelFor threads = limited(parallel, plan.members);
   plan.workspace = workspace(kWorkspaceSlot, kernels.backward_bytes(plan));

@@ -234,7 +234,7 @@ class Backward {
                  {dgh + k * kSlots * rows_stride_, kBlock, kBlock, 1, kGates, rows_stride_,
                   int(min_of(kRunBlocks, last - k)), kSlots * rows_stride_},
                  {weights + k * kGates * kBlock * kBlock, panel_stride_},
-                 {half_[half], rows * kBlock, k == first ? Start::zero : Start::add});
+                 {half_[half], rows * kBlock, kBlock, k == first ? Start::zero : Start::add});
     }
   }
 
@@ -307,7 +307,7 @@ class Backward {
                      {gates(d, chunk, k, kSplit) + r * kBlock, kBlock, kBlock, 1, kGates, rows_stride_,
                       int(min_of(kRunBlocks, blocks_ - k)), kSlots * rows_stride_},
                      {weights + k * kGates * kBlock * kBlock, panel_stride_},
-                     {half_[0], count * kBlock, k == 0 ? Start::zero : Start::add});
+                     {half_[0], count * kBlock, kBlock, k == 0 ? Start::zero : Start::add});
         }
         for (int64_t row = r; row < r + count; ++row) {
           while (i + 1 < steps && first_row_[i + 1] <= row) ++i;

@@ -112,21 +112,35 @@ struct Packed {
   }
 };
 
-// kLanes vectors of kLanes elements, transposed in place: stage by stage, blocks of m x m change places across the
+// Lanes for the stages of a transposition: at stage m, rows i and i + m trade their blocks of m x m across the
 // diagonal.
+template <class T>
+struct TransposeLanes {
+  static constexpr int L = Vec<T>::kLanes;
+  typename Vec<T>::Int low[5][L] = {}, high[5][L] = {};  // of the pair (a, b); b's lanes are numbered from L on
+  constexpr TransposeLanes() {
+    for (int stage = 0, m = 1; m < L; ++stage, m *= 2) {
+      for (int i = 0; i < L; ++i) {
+        low[stage][i] = i & m ? L + i - m : i;
+        high[stage][i] = i & m ? L + i : i + m;
+      }
+    }
+  }
+};
+
+// kLanes vectors of kLanes elements, in place.
 template <class T>
 RNNKERN_FN void transpose(Vec<T> (&rows)[Vec<T>::kLanes]) {
   using V = Vec<T>;
-  constexpr int L = V::kLanes;
+  static constexpr TransposeLanes<T> kTable{};
   RNNKERN_UNROLL
-  for (int m = 1; m < L; m *= 2) {
-    typename V::IntValue low, high;  // lanes from the pair (a, b); b's are numbered from L on
-    for (int i = 0; i < L; ++i) {
-      low[i] = i & m ? L + i - m : i;
-      high[i] = i & m ? L + i : i + m;
-    }
+  for (int stage = 0; 1 << stage < V::kLanes; ++stage) {
+    const int m = 1 << stage;
+    typename V::IntValue low, high;
+    memcpy(&low, kTable.low[stage], sizeof(low));
+    memcpy(&high, kTable.high[stage], sizeof(high));
     RNNKERN_UNROLL
-    for (int i = 0; i < L; ++i) {
+    for (int i = 0; i < V::kLanes; ++i) {
       if (i & m) continue;
       const typename V::Value a = rows[i].v, b = rows[i + m].v;
       rows[i].v = __builtin_shuffle(a, b, low);
@@ -146,14 +160,18 @@ void pack_block(const S* from, T* to, int gates, int64_t H, int64_t K, int64_t b
       const S* const row = from + (g * H + block * kBlock + j) * K;
       for (int64_t k = 0; k < K; k += L) {  // innermost: as many streams as lanes, each read in order
         const int count = int(min_of(int64_t(L), K - k));
-        V rows[L];
-        RNNKERN_UNROLL
-        for (int i = 0; i < L; ++i) rows[i] = j + i < units ? load_lanes(row + i * K + k, count) : V(T(0));
-        transpose(rows);
         T* column = to + k * width + g * kBlock + j;
-        RNNKERN_UNROLL
-        for (int i = 0; i < L; ++i) {
-          if (i < count) rows[i].store(column + i * width);
+        V rows[L];
+        if (count == L && j + L <= units) {
+          RNNKERN_UNROLL
+          for (int i = 0; i < L; ++i) rows[i] = load_lanes(row + i * K + k, L);
+          transpose(rows);
+          RNNKERN_UNROLL
+          for (int i = 0; i < L; ++i) rows[i].store(column + i * width);
+        } else {
+          for (int i = 0; i < L; ++i) rows[i] = j + i < units ? load_lanes(row + i * K + k, count) : V(T(0));
+          transpose(rows);
+          for (int i = 0; i < count; ++i) rows[i].store(column + i * width);
         }
       }
     }

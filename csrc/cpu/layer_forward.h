@@ -159,7 +159,7 @@ class Forward {
       const T* bias = input_bias(d, block);
       for (int64_t k = 0; k < in_.I || k == 0; k += kRun) {
         gemm<T, kGates>(count, 1, {x_ + k, in_.I, int(min_of(kRun, in_.I - k))}, {weights + k * kWidth, 0},
-                        {gx, gx_stride_, k == 0 ? Start::bias : Start::add, bias});
+                        {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
       }
     }
   }
@@ -205,7 +205,7 @@ class Forward {
     for (int64_t k = first; k < last || k == first; k += kRun) {
       gemm<T, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
                       {weights + k * kWidth, block_stride},
-                      {half_[half], rows * kWidth, k == first ? Start::zero : Start::add});
+                      {half_[half], rows * kWidth, kWidth, k == first ? Start::zero : Start::add});
     }
   }
 

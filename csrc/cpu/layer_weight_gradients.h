@@ -82,13 +82,18 @@ class WeightGradients {
           const int64_t units = min_of(int64_t(kBlock), in_.H - block * kBlock);
           for (int gate = 0; gate < kGates; ++gate) {
             const T* from = slot_rows(block, hidden ? Slots::of_dgh(gate) : Slots::of_dgx(gate));
-            gemm_transposed<T>(units, count, {from, 1, int(rows), kBlock}, {columns, rows * kBlock},
-                               {square, kBlock * kBlock, Start::zero});
+            const RowOperand<T> dgates{from, 1, int(rows), kBlock};
+            T* to = sums_[d][hidden ? 1 : 0] + (gate * in_.H + block * kBlock) * width + panel * kBlock;
+            if ((panel + count) * kBlock <= width) {
+              gemm_transposed<T>(units, count, dgates, {columns, rows * kBlock},
+                                 {to, kBlock, width, first ? Start::zero : Start::add});
+              continue;
+            }
+            gemm_transposed<T>(units, count, dgates, {columns, rows * kBlock},
+                               {square, kBlock * kBlock, kBlock, Start::zero});
             for (int64_t i = 0; i < count; ++i) {
-              const int64_t column = (panel + i) * kBlock;
-              T* to = sums_[d][hidden ? 1 : 0] + (gate * in_.H + block * kBlock) * width + column;
-              add_square(square + i * kBlock * kBlock, to, width, units, min_of(int64_t(kBlock), width - column),
-                         first);
+              const int64_t valid = min_of(int64_t(kBlock), width - (panel + i) * kBlock);
+              add_square(square + i * kBlock * kBlock, to + i * kBlock, width, units, valid, first);
             }
           }
         }

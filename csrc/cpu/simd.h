@@ -81,8 +81,9 @@ struct Vec {
   RNNKERN_FN Vec first(int n) const { return Vec(lane_index() < (Int(n) - IntValue{}) ? v : Value{}); }
 
   RNNKERN_FN static IntValue lane_index() {
+    static constexpr Int kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     IntValue index;
-    for (int i = 0; i < kLanes; ++i) index[i] = i;
+    memcpy(&index, kIndex, sizeof(index));
     return index;
   }
 };

@@ -6,6 +6,8 @@
 
 #include "cells/cell.h"  // RNNKERN_FN: forced inline, so that no instruction set's copy is shared
 
+#include "cpu/isa.h"  // RNNKERN_API
+
 namespace rnnkern {
 
 constexpr size_t kAlignment = 128;
@@ -13,8 +15,13 @@ constexpr size_t kAlignment = 128;
 // At least `bytes` of uninitialised memory, valid until this thread's next call with the same slot.
 void* workspace(int slot, size_t bytes);
 
-// Asks for huge pages below a fresh allocation of at least a few MiB: first touch is then ten times cheaper.
+// Asks for huge pages below a fresh allocation: first touch is then ten times cheaper.
 void prefer_huge_pages(void* data, size_t bytes);
+constexpr size_t kWorthHugePages = size_t(4) << 20;
+
+// For tests: fill what is given out uninitialised (workspaces, and the operators' outputs) with NaN.
+RNNKERN_API void set_poison(bool on);
+void poison(void* data, size_t bytes);  // does so if it is on
 
 // Carves aligned arrays out of one block. Run it twice: with a null base to learn the size, then for real.
 class Arena {

@@ -6,6 +6,7 @@
 
 #include "check.h"
 #include "cpu/layer.h"
+#include "cpu/workspace.h"
 #include "reference_layer.h"
 #include "rnnkern_cells.h"
 #include "rnnkern_lists.h"
@@ -198,6 +199,7 @@ void check_cell(const std::string& name) {
 
 int main() {
   return run_tests([] {
+    set_poison(true);
 #define RNNKERN_CHECK_CELL(cell, Struct) check_cell<Struct>(#cell);
     RNNKERN_FOR_EACH_CELL(RNNKERN_CHECK_CELL)
   });

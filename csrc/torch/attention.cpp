@@ -77,8 +77,9 @@ std::tuple<Tensor, Tensor> attention_op(Tensor query, Tensor key, Tensor value, 
                                         bool need_weights) {
   const AttentionArguments args(query, key, value, vector, lengths, mask, score, scale);
   const AttentionInputs& in = args.in;
-  Tensor context = make_empty(query, {in.B, in.Tq, in.Dv});
-  Tensor weights = make_empty(query, need_weights ? std::vector<int64_t>{in.B, in.Tq, in.Tk} : std::vector<int64_t>{0});
+  Tensor context = make_empty({in.B, in.Tq, in.Dv}, in.dtype);
+  Tensor weights =
+      make_empty(need_weights ? std::vector<int64_t>{in.B, in.Tq, in.Tk} : std::vector<int64_t>{0}, in.dtype);
   attention_forward(in, {context.mutable_data_ptr(), need_weights ? weights.mutable_data_ptr() : nullptr},
                     torch_threads());
   return {context, weights};
@@ -95,9 +96,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_op(OptionalTensor 
                   "rnnkern::attention_backward: dcontext does not fit query and value");
   STD_TORCH_CHECK(!dw.has_value() || (has_shape(*dw, in.B, in.Tq, in.Tk) && dtype_of(*dw) == in.dtype),
                   "rnnkern::attention_backward: dweights does not fit query and key");
-  Tensor dquery = make_empty(query, {in.B, in.Tq, in.D}), dkey = make_empty(query, {in.B, in.Tk, in.D});
-  Tensor dvalue = make_empty(query, {in.B, in.Tk, in.Dv});
-  Tensor dvector = make_empty(query, {vector.has_value() ? in.D : 0});
+  Tensor dquery = make_empty({in.B, in.Tq, in.D}, in.dtype), dkey = make_empty({in.B, in.Tk, in.D}, in.dtype);
+  Tensor dvalue = make_empty({in.B, in.Tk, in.Dv}, in.dtype);
+  Tensor dvector = make_empty({vector.has_value() ? in.D : 0}, in.dtype);
   attention_backward(in,
                      {rows_of(dc), rows_of(dw), dquery.mutable_data_ptr(), dkey.mutable_data_ptr(),
                       dvalue.mutable_data_ptr(), dvector.mutable_data_ptr()},

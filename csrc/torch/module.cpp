@@ -4,6 +4,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/layer.h"
+#include "cpu/workspace.h"
 #include "rnnkern_lists.h"
 
 namespace py = pybind11;
@@ -14,6 +15,8 @@ PYBIND11_MODULE(_C, m) {
         "Instruction sets that were built and that this CPU has, best last");
   m.def("get_isa", [] { return std::string(rnnkern::isa_name(rnnkern::current_isa())); }, "The instruction set in use");
   m.def("set_isa", &rnnkern::set_isa, py::arg("name"), "Use this instruction set from now on");
+  m.def("set_poison", &rnnkern::set_poison, py::arg("on"),
+        "For tests: fill outputs and workspaces with NaN before they are written");
   m.def(
       "build_info",
       [] {

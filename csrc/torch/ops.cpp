@@ -52,7 +52,7 @@ struct LayerArguments {
                     "rnnkern::layer: h0 does not fit x and the weights");
     STD_TORCH_CHECK((cell_traits()[cell].states > 1) == c0.has_value(),
                     "rnnkern::layer: c0 is given for cells of two states");
-    STD_TORCH_CHECK(!c0.has_value() || (c0->numel() == states && c0->scalar_type() == compute_type(in.dtype)),
+    STD_TORCH_CHECK(!c0.has_value() || (c0->numel() == states && dtype_of(*c0) == compute_dtype(in.dtype)),
                     "rnnkern::layer: c0 does not fit x and the weights");
     STD_TORCH_CHECK(!resets.has_value() || resets->numel() == in.T * in.B, "rnnkern::layer: resets must be [T, B]");
     STD_TORCH_CHECK(!lengths.has_value() || lengths->numel() == in.B, "rnnkern::layer: lengths must be [B]");
@@ -75,13 +75,12 @@ struct LayerResults {
 
 LayerResults run_forward(LayerArguments& args, bool return_states, bool save) {
   const LayerInputs& in = args.in;
-  const ScalarType compute = compute_type(in.dtype);
+  const Dtype dtype = in.dtype, compute = compute_dtype(dtype);
   const std::vector<int64_t> none = {0}, states = {in.D, in.B, in.H}, sequence = {in.T, in.B, in.D * in.H};
   const bool all = return_states && args.two_states();
-  LayerResults out{make_empty(args.x, sequence), make_empty(args.x, states),
-                   make_empty(args.x, args.two_states() ? states : none, compute),
-                   make_empty(args.x, all ? sequence : none, compute),
-                   make_empty(args.x, save ? std::vector<int64_t>{saved_size(args.cell, in)} : none, compute)};
+  LayerResults out{make_empty(sequence, dtype), make_empty(states, dtype),
+                   make_empty(args.two_states() ? states : none, compute), make_empty(all ? sequence : none, compute),
+                   make_empty(save ? std::vector<int64_t>{saved_size(args.cell, in)} : none, compute)};
   layer_forward(
       args.cell, in,
       {out.y.mutable_data_ptr(), out.h_n.mutable_data_ptr(), args.two_states() ? out.c_n.mutable_data_ptr() : nullptr,
@@ -108,7 +107,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_inference(std::string cell, Ten
                                                            OptionalTensor resets, bool return_states,
                                                            OptionalTensor packed) {
   LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
-  if (packed.has_value() && packed->scalar_type() == compute_type(args.in.dtype) &&
+  if (packed.has_value() && dtype_of(*packed) == compute_dtype(args.in.dtype) &&
       packed->numel() == packed_size(args.cell, args.in)) {
     args.in.packed = packed->const_data_ptr();
   }
@@ -118,12 +117,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_inference(std::string cell, Ten
 
 Tensor pack(std::string cell, RNNKERN_WEIGHT_ARGUMENTS) {
   const int64_t H = w_hh.size(1);
-  const Tensor x = make_empty(w_ih, {0, 0, w_ih.size(1)});
-  const Tensor h0 = make_empty(w_ih, {w_ih_reverse.has_value() ? 2 : 1, 0, H});
+  const Dtype dtype = dtype_of(w_ih);
+  const Tensor x = make_empty({0, 0, w_ih.size(1)}, dtype);
+  const Tensor h0 = make_empty({w_ih_reverse.has_value() ? 2 : 1, 0, H}, dtype);
   OptionalTensor c0;
-  if (cell_traits()[find_cell(cell)].states > 1) c0 = make_empty(h0, {h0.size(0), 0, H}, compute_type(dtype_of(x)));
+  if (cell_traits()[find_cell(cell)].states > 1) c0 = make_empty({h0.size(0), 0, H}, compute_dtype(dtype));
   const LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, std::nullopt, std::nullopt);
-  Tensor packed = make_empty(x, {packed_size(args.cell, args.in)}, compute_type(args.in.dtype));
+  Tensor packed = make_empty({packed_size(args.cell, args.in)}, compute_dtype(dtype));
   pack_layer(args.cell, args.in, packed.mutable_data_ptr(), torch_threads());
   return packed;
 }
@@ -136,7 +136,7 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
                             bool need_dh0, bool need_dw) {
   LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
   const LayerInputs& in = args.in;
-  const ScalarType compute = compute_type(in.dtype);
+  const Dtype dtype = in.dtype, compute = compute_dtype(dtype);
   const std::vector<int64_t> none = {0}, states = {in.D, in.B, in.H};
   const int64_t rows = cell_traits()[args.cell].gates * in.H;
   dy = make_contiguous(dy);
@@ -154,14 +154,14 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
     STD_TORCH_CHECK(!state->has_value() || (*state)->numel() == in.D * in.B * in.H,
                     "rnnkern::layer_backward: a gradient does not have the shape of h_n");
   }
-  Tensor dx = make_empty(args.x, need_dx ? std::vector<int64_t>{in.T, in.B, in.I} : none);
-  Tensor dh0 = make_empty(args.x, need_dh0 ? states : none);
-  Tensor dc0 = make_empty(args.x, need_dh0 && args.two_states() ? states : none, compute);
+  Tensor dx = make_empty(need_dx ? std::vector<int64_t>{in.T, in.B, in.I} : none, dtype);
+  Tensor dh0 = make_empty(need_dh0 ? states : none, dtype);
+  Tensor dc0 = make_empty(need_dh0 && args.two_states() ? states : none, compute);
   Tensor dw[8];
   for (int i = 0; i < 8; ++i) {
     const bool wanted = need_dw && args.weights[i].has_value();
     const std::vector<int64_t> matrix = {rows, i % 4 == 0 ? in.I : in.H}, vector = {rows};
-    dw[i] = make_empty(args.x, !wanted ? none : i % 4 < 2 ? matrix : vector);
+    dw[i] = make_empty(!wanted ? none : i % 4 < 2 ? matrix : vector, dtype);
     if (wanted && in.B == 0) torch::stable::zero_(dw[i]);
   }
   LayerGradients grad{};

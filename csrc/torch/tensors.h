@@ -6,11 +6,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "cpu/dtype.h"
 #include "cpu/team.h"
+#include "cpu/workspace.h"
 
 namespace rnnkern {
 
@@ -40,7 +42,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-inline ScalarType compute_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
+inline Dtype compute_dtype(Dtype dtype) { return dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
 inline const void* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
@@ -53,8 +55,24 @@ inline OptionalTensor make_contiguous(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(make_contiguous(*tensor)) : std::nullopt;
 }
 
-inline Tensor make_empty(const Tensor& like, const std::vector<int64_t>& sizes, std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, sizes, dtype);
+// Uninitialised, contiguous, on the CPU, straight from the allocator: torch::stable::new_empty looks its operator up by
+// name, which takes longer than a short step. Large ones go on huge pages: fresh small pages take longer than most
+// kernels.
+inline Tensor make_empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max(sizes[i], int64_t(1));
+  const int32_t type = dtype == Dtype::f64    ? aoti_torch_dtype_float64()
+                       : dtype == Dtype::bf16 ? aoti_torch_dtype_bfloat16()
+                       : dtype == Dtype::f16  ? aoti_torch_dtype_float16()
+                                              : aoti_torch_dtype_float32();
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  const size_t bytes = size_t(tensor.numel()) * size_t(dtype_size(dtype));
+  if (bytes >= kWorthHugePages) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
+  poison(tensor.mutable_data_ptr(), bytes);
+  return tensor;
 }
 
 }  // namespace rnnkern
