@@ -70,7 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(group, "--modules", "rnnkern", "train on rnnkern's modules or on torch's own", choices=MODULES)
 
     group = parser.add_argument_group("training")
-    add(group, "--epochs", 8, "passes over the training words", metavar="N")
+    add(group, "--epochs", 6, "passes over the training words", metavar="N")
     add(group, "--batch", 128, "words per step", metavar="B")
     add(group, "--lr", 3e-3, "highest learning rate; it rises at first, then falls to 0 along a cosine")
     add(group, "--warmup", 0.05, "part of the training over which the learning rate rises", metavar="P")
