@@ -96,7 +96,8 @@ def facts(report: dict[str, Any]) -> str:
     before, after = report["probes"]["before"], report["probes"]["after"]
     text = (
         f"{machine['cpu']}, {machine['threads']} threads, {software['isa'] or 'eager reference'}; "
-        f"torch {software['torch']}, rnnkern {software['rnnkern']} ({software['commit']}), {report['date']}."
+        f"torch {software['torch']}, rnnkern {software['rnnkern']} ({software['commit']}), {report['date']}; "
+        f"load average before {report['load_before']:.1f}."
     )
     if before and after:
         text += (

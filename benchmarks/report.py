@@ -116,6 +116,9 @@ def run(rows: Sequence[Row], seconds: float, memory: bool) -> dict[str, Any]:
     except ProbesUnavailable as error:
         print(f"no floors: {error}", file=sys.stderr)
         probes = None
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"other work runs here (load average {load:.1f}): threads will wait for each other", file=sys.stderr)
     before = probe(probes)
     entries = []
     for number, row in enumerate(rows):
@@ -126,6 +129,7 @@ def run(rows: Sequence[Row], seconds: float, memory: bool) -> dict[str, Any]:
         "machine": machine(),
         "software": software(),
         "date": datetime.date.today().isoformat(),
+        "load_before": load,  # average over the minute before: what else was running
         "probes": {
             "before": dataclasses.asdict(before) if before else None,
             "after": dataclasses.asdict(after) if after else None,

@@ -146,6 +146,7 @@ def make_report(*rows: dict[str, Any]) -> dict[str, Any]:
         "machine": {"cpu": "Some CPU", "threads": 2},
         "software": {"isa": "avx2", "torch": "2.13.0", "rnnkern": "0.1.0", "commit": "abc"},
         "date": "2026-01-01",
+        "load_before": 0.1,
         "probes": {"before": None, "after": None},
         "rows": list(rows),
     }
