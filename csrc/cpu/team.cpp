@@ -7,7 +7,7 @@
 namespace rnnkern {
 namespace {
 
-constexpr int kSpins = 4000;                          // about 10 us before the first yield
+constexpr int kSpins = 1000;                          // about 10 us before the first yield
 constexpr std::chrono::microseconds kGathering{300};  // how long an opened team waits for its members
 
 inline void pause_cpu() {

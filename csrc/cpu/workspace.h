@@ -17,7 +17,7 @@ void* workspace(int slot, size_t bytes);
 
 // Asks for huge pages below a fresh allocation: first touch is then ten times cheaper.
 void prefer_huge_pages(void* data, size_t bytes);
-constexpr size_t kWorthHugePages = size_t(4) << 20;
+constexpr size_t kWorthHugePages = size_t(2) << 20;
 
 // For tests: fill what is given out uninitialised (workspaces, and the operators' outputs) with NaN.
 RNNKERN_API void set_poison(bool on);
