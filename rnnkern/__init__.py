@@ -4,9 +4,9 @@ import rnnkern
 lstm = rnnkern.nn.LSTM(256, 512)  # in the place of torch.nn.LSTM
 """
 
-from rnnkern import functional, nn
+from rnnkern import functional, nn, seq2seq
 from rnnkern.ops._dispatch import BackendUnavailable, backend, explain
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendUnavailable", "__version__", "backend", "explain", "functional", "nn"]
+__all__ = ["BackendUnavailable", "__version__", "backend", "explain", "functional", "nn", "seq2seq"]

@@ -23,7 +23,7 @@ namespace rnnkern {
 namespace {
 
 constexpr int kWorkspaceSlot = 0, kPackedSlot = 1;
-constexpr int kSamples = 16;                // sampled elements per weight, see stale_pack
+constexpr int kSamples = 32;                // sampled elements per weight, see stale_pack
 constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed weights
 // Multiply-adds of the forward pass below which one thread runs alone. An idle thread takes milliseconds to wake, which
 // a stream of short calls would meet each time; training steps follow each other closely.
@@ -74,19 +74,20 @@ class Plan {
   std::vector<Flag> flags_;
 };
 
-// A few elements of each weight, spread evenly, as they lie in memory.
+// A few elements of each weight as they lie in memory, spread over rows and columns by the golden ratio.
 void sample_weights(const LayerInputs& in, int gates, uint64_t* samples) {
-  const int size = dtype_size(in.dtype);
+  const size_t size = size_t(dtype_size(in.dtype));
   for (int d = 0; d < 2; ++d) {
     const LayerWeights& w = in.weights[d];
     const void* data[4] = {w.w_ih, w.w_hh, w.b_ih, w.b_hh};
-    const int64_t rows = gates * in.H, counts[4] = {rows * in.I, rows * in.H, rows, rows};
+    const uint64_t rows = uint64_t(gates * in.H),
+                   counts[4] = {rows * uint64_t(in.I), rows * uint64_t(in.H), rows, rows};
     for (int i = 0; i < 4; ++i) {
-      for (int64_t s = 0; s < kSamples; ++s, ++samples) {
+      for (uint64_t s = 0; s < kSamples; ++s, ++samples) {
         *samples = 0;
-        if (d < in.D && data[i] && counts[i] > 0) {
-          memcpy(samples, static_cast<const char*>(data[i]) + counts[i] * s / kSamples * size, size_t(size));
-        }
+        if (d >= in.D || !data[i] || counts[i] == 0) continue;
+        const uint64_t at = (s + 1) * 0x9e3779b97f4a7c15 % counts[i];
+        memcpy(samples, static_cast<const char*>(data[i]) + at * size, size);
       }
     }
   }

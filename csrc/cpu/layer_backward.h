@@ -23,6 +23,7 @@ class Backward {
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
   static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8, kInputPanels = 4, kChunkRows = 256;
   static constexpr int64_t kRunBlocks = kRun / kBlock / kGates;  // unit blocks in a run
+  static_assert(kRunBlocks > 0, "a cell has at most 16 gates");
 
   using Slots = GateSlots<kGates, kSplit>;
 

@@ -48,8 +48,8 @@ class Forward {
       T* half0 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
-      T* bias = arena.take<T>(kWidth);
-      T* weights = arena.take<T>(size_t(plan.packed ? 0 : max_of(in_.I, kPanelBlocks * in_.H) * kWidth));
+      T* bias = arena.take<T>(kPanelBlocks * kWidth);
+      T* weights = arena.take<T>(size_t(plan.packed ? 0 : kPanelBlocks * max_of(in_.I, in_.H) * kWidth));
       if (i == member) {
         bias_ = bias;
         weights_ = weights;
@@ -66,32 +66,36 @@ class Forward {
   int64_t time_of(int d, int64_t step) const { return d == 0 ? step : plan_.steps - 1 - step; }
   int64_t row_of(int64_t m) const { return plan_.order[m]; }
 
-  // Weights of unit blocks, [block][k][gate][16], and a bias of one, [gate][16]: from the packed ones, or packed now,
+  // Weights and biases of unit blocks, [block][k][gate][16] and [block][gate][16]: from the packed ones, or packed now,
   // and then valid until the next are asked for.
-  const T* input_weights(int d, int64_t block) {
-    if (plan_.packed) return packed(d).w_ih + block * in_.I * kWidth;
-    pack_block(static_cast<const S*>(in_.weights[d].w_ih), weights_, kGates, in_.H, in_.I, block);
-    return weights_;
+  const T* input_weights(int d, int64_t block, int64_t count) {
+    return plan_.packed ? packed(d).w_ih + block * in_.I * kWidth : pack(in_.weights[d].w_ih, in_.I, block, count);
   }
   const T* hidden_weights(int d, int64_t block, int64_t count) {
-    if (plan_.packed) return packed(d).w_hh + block * in_.H * kWidth;
+    return plan_.packed ? packed(d).w_hh + block * in_.H * kWidth : pack(in_.weights[d].w_hh, in_.H, block, count);
+  }
+  const T* input_bias(int d, int64_t block, int64_t count) {
+    return plan_.packed ? packed(d).b_ih + block * kWidth : pack_bias(in_.weights[d].b_ih, block, count);
+  }
+  const T* hidden_bias(int d, int64_t block, int64_t count) {
+    return plan_.packed ? packed(d).b_hh + block * kWidth : pack_bias(in_.weights[d].b_hh, block, count);
+  }
+  const T* pack(const void* from, int64_t K, int64_t block, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      T* to = weights_ + i * in_.H * kWidth;
-      pack_block(static_cast<const S*>(in_.weights[d].w_hh), to, kGates, in_.H, in_.H, block + i);
+      pack_block(static_cast<const S*>(from), weights_ + i * K * kWidth, kGates, in_.H, K, block + i);
     }
     return weights_;
   }
-  const T* input_bias(int d, int64_t block) {
-    return plan_.packed ? packed(d).b_ih + block * kWidth : pack_bias(in_.weights[d].b_ih, block);
-  }
-  const T* hidden_bias(int d, int64_t block) {
-    return plan_.packed ? packed(d).b_hh + block * kWidth : pack_bias(in_.weights[d].b_hh, block);
-  }
-  const T* pack_bias(const void* bias, int64_t block) {
-    pack_bias_block(static_cast<const S*>(bias), bias_, kGates, in_.H, block);
+  const T* pack_bias(const void* from, int64_t block, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      pack_bias_block(static_cast<const S*>(from), bias_ + i * kWidth, kGates, in_.H, block + i);
+    }
     return bias_;
   }
   Packed<T> packed(int d) const { return Packed<T>(plan_.packed, in_, kGates, d); }
+
+  // Unit blocks at a time: enough of them to keep the multipliers busy when rows or gates are few.
+  static int64_t panel_blocks(int64_t rows) { return rows <= 3 ? kPanelBlocks : kGates == 1 ? 4 : 1; }
 
   void run_direction(int d, const Share& share) {
     const Range rows = rows_of(plan_, share), blocks = blocks_of(plan_, share);
@@ -116,10 +120,14 @@ class Forward {
       const S* h0 = static_cast<const S*>(in_.h0) + from;
       if (plan_.length[m] == 0) memcpy(static_cast<S*>(out_.h_n) + from, h0, size_t(units) * sizeof(S));
       const bool fresh = d == 0 && reset_at(in_, 0, b);
-      for (T* buffer : h_[d]) {  // the reverse direction starts its rows at different steps: either buffer may be read
-        T* h = buffer + m * row_stride_ + unit;
-        load_row(h0, h, units);
-        for (int64_t j = fresh ? 0 : units; j < (blocks.end - blocks.begin) * kBlock; ++j) h[j] = T(0);
+      // Rows that the reverse direction starts later may read either buffer first.
+      for (int i = 0; i < (plan_.length[m] < plan_.steps ? 2 : 1); ++i) {
+        T* h = h_[d][i] + m * row_stride_ + unit;
+        if (fresh) {
+          memset(h, 0, size_t(units) * sizeof(T));
+        } else {
+          load_row(h0, h, units);
+        }
       }
       for (int s = 1; s < kStates; ++s) {
         const T* c0 = static_cast<const T*>(in_.c0) + from;
@@ -153,12 +161,14 @@ class Forward {
       count += alive;
     }
     gx_stride_ = count * kWidth;
-    for (int64_t block = blocks.begin; block < blocks.end; ++block) {  // a block's weights stay in the cache
+    for (int64_t block = blocks.begin; block < blocks.end; block += panel_blocks(count)) {
+      const int64_t panel = min_of(panel_blocks(count), blocks.end - block);  // its weights stay in the cache
       T* gx = gx_ + (block - blocks.begin) * gx_stride_;
-      const T* weights = input_weights(d, block);
-      const T* bias = input_bias(d, block);
+      const T* weights = input_weights(d, block, panel);
+      const T* bias = input_bias(d, block, panel);
       for (int64_t k = 0; k < in_.I || k == 0; k += kRun) {
-        gemm<T, kGates>(count, 1, {x_ + k, in_.I, int(min_of(kRun, in_.I - k))}, {weights + k * kWidth, 0},
+        gemm<T, kGates>(count, panel, {x_ + k, in_.I, int(min_of(kRun, in_.I - k))},
+                        {weights + k * kWidth, in_.I * kWidth},
                         {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
       }
     }
@@ -174,12 +184,11 @@ class Forward {
     };
     // The half whose h this member made itself can be multiplied before the others are ready.
     const int own = blocks.begin == 0 && blocks.end >= cut ? 0 : blocks.begin <= cut && blocks.end == blocks_ ? 1 : -1;
-    const int64_t panel_blocks = alive <= 3 ? kPanelBlocks : kGates == 1 ? 4 : 1;
-    const int64_t panels = (blocks.end - blocks.begin + panel_blocks - 1) / panel_blocks;
+    const int64_t width = panel_blocks(alive), panels = (blocks.end - blocks.begin + width - 1) / width;
     for (int64_t i = 0; i < panels; ++i) {
       // Back and forth, so that what is left in the cache from the last step is used first.
-      const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * panel_blocks;
-      const int64_t count = min_of(panel_blocks, blocks.end - begin);
+      const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * width;
+      const int64_t count = min_of(width, blocks.end - begin);
       const T* weights = hidden_weights(d, begin, count);
       for (int64_t m = 0; m < alive; m += kPanelRows) {
         const int64_t panel_rows = min_of(kPanelRows, alive - m);
@@ -215,7 +224,7 @@ class Forward {
     const int64_t H = in_.H, unit = block * kBlock;
     const T* h = h_[d][step & 1] + unit;
     T* h_next = h_[d][~step & 1] + unit;
-    const T* bias = hidden_bias(d, block);
+    const T* bias = hidden_bias(d, block, 1);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t m = row + i, b = row_of(m), n = plan_.length[m];
       const bool last = d == 0 ? t + 1 == n : t == 0;

@@ -190,6 +190,7 @@ void check_cell(const std::string& name) {
       {4, 40, 24, 48, 1, false, false}, {5, 35, 20, 40, 2, true, true}, {5, 19, 33, 64, 1, true, false},
       {40, 1, 70, 96, 1, false, true},  {30, 9, 40, 60, 2, true, true}, {2, 70, 300, 50, 1, true, true},
       {0, 3, 4, 5, 1, false, false},    {4, 3, 0, 20, 1, true, true},   {300, 2, 8, 20, 1, true, true},
+      {2, 3, 600, 560, 2, false, true},
   };
   for (const Case& c : cases) {
     check_case<Cell, double>(name, c);

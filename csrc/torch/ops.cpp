@@ -54,8 +54,11 @@ struct LayerArguments {
                     "rnnkern::layer: c0 is given for cells of two states");
     STD_TORCH_CHECK(!c0.has_value() || (c0->numel() == states && dtype_of(*c0) == compute_dtype(in.dtype)),
                     "rnnkern::layer: c0 does not fit x and the weights");
-    STD_TORCH_CHECK(!resets.has_value() || resets->numel() == in.T * in.B, "rnnkern::layer: resets must be [T, B]");
-    STD_TORCH_CHECK(!lengths.has_value() || lengths->numel() == in.B, "rnnkern::layer: lengths must be [B]");
+    STD_TORCH_CHECK(
+        !resets.has_value() || (resets->numel() == in.T * in.B && resets->scalar_type() == ScalarType::Bool),
+        "rnnkern::layer: resets must be bool [T, B]");
+    STD_TORCH_CHECK(!lengths.has_value() || (lengths->numel() == in.B && lengths->scalar_type() == ScalarType::Long),
+                    "rnnkern::layer: lengths must be int64 [B]");
     for (int64_t b = 0; lengths.has_value() && b < in.B; ++b) {
       STD_TORCH_CHECK(in.lengths[b] >= 0 && in.lengths[b] <= in.T, "rnnkern::layer: lengths must lie in 0..", in.T);
     }
@@ -144,16 +147,15 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
   dc_n = make_contiguous(dc_n);
   dc_all = make_contiguous(dc_all);
   y = make_contiguous(y);
-  STD_TORCH_CHECK(y.numel() == in.T * in.B * in.D * in.H && saved.numel() == saved_size(args.cell, in),
+  const int64_t sequence = in.T * in.B * in.D * in.H, state = in.D * in.B * in.H;
+  const auto fits = [](const OptionalTensor& tensor, int64_t count, Dtype expected) {
+    return !tensor.has_value() || (tensor->numel() == count && dtype_of(*tensor) == expected);
+  };
+  STD_TORCH_CHECK(fits(y, sequence, dtype) && fits(saved, saved_size(args.cell, in), compute),
                   "rnnkern::layer_backward: y and saved must be those of the forward call");
-  for (const OptionalTensor* sequence : {&dy, &dc_all}) {
-    STD_TORCH_CHECK(!sequence->has_value() || (*sequence)->numel() == y.numel(),
-                    "rnnkern::layer_backward: a gradient does not have the shape of y");
-  }
-  for (const OptionalTensor* state : {&dh_n, &dc_n}) {
-    STD_TORCH_CHECK(!state->has_value() || (*state)->numel() == in.D * in.B * in.H,
-                    "rnnkern::layer_backward: a gradient does not have the shape of h_n");
-  }
+  STD_TORCH_CHECK(fits(dy, sequence, dtype) && fits(dh_n, state, dtype) && fits(dc_n, state, compute) &&
+                      fits(dc_all, sequence, compute),
+                  "rnnkern::layer_backward: a gradient does not have the shape and dtype of its output");
   Tensor dx = make_empty(need_dx ? std::vector<int64_t>{in.T, in.B, in.I} : none, dtype);
   Tensor dh0 = make_empty(need_dh0 ? states : none, dtype);
   Tensor dc0 = make_empty(need_dh0 && args.two_states() ? states : none, compute);
