@@ -230,25 +230,44 @@ def test_value_size_and_default(score: str) -> None:
 
 
 PEAK = """
-import resource, torch
+import ctypes, re, sys
+from pathlib import Path
+import torch
+import rnnkern
 from rnnkern.functional import Additive, attention
 torch.set_num_threads(2)
 def run(B, T, A):
     q, k, v = (torch.randn(B, T, A, requires_grad=True) for _ in range(3))
     context, _ = attention(q, k, v, score=Additive(torch.randn(A, requires_grad=True)))
     context.sum().backward()
-run(1, 4, 8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-run(8, 200, 512)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+with rnnkern.backend(sys.argv[1]):
+    run(1, 4, 8)
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts here, not at what the parent had
+    except OSError:
+        sys.exit()
+    before = status("VmRSS")
+    run(4, 200, 512)
+    print(status("VmHWM") - before)
 """
 
 
 @needs_kernels
 def test_peak_memory() -> None:
-    """Forward and backward at B=8, Tq=Tk=200, A=512: the B x Tq x Tk x A tensor alone would be 625 MiB.
+    """Forward and backward at B=4, Tq=Tk=200, A=512: the B x Tq x Tk x A tensor alone is 313 MiB.
 
-    Inputs, output and gradients are 8 tensors of 3.1 MiB, and each thread has about 5 MiB of scratch.
+    Inputs, output and gradients are 8 tensors of 1.6 MiB, and each thread has about 5 MiB of scratch. The formula in
+    plain torch shows that the measurement sees more.
     """
-    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 64
+
+    def peak(backend: str) -> float:
+        done = subprocess.run([sys.executable, "-c", PEAK, backend], capture_output=True, text=True, check=True)
+        if not done.stdout:
+            pytest.skip("the system does not let a process reset its peak")
+        return float(done.stdout)
+
+    assert peak("cpu") < 64
+    assert peak("eager") > 313
