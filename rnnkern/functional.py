@@ -72,8 +72,10 @@ def attention(
     of query and key apart where both lie within +-10 (float64: +-80), and from their sum elsewhere.
 
     A row without a valid key (a length of zero, a mask that is all True, or Tk = 0) has zero weights, zero context and
-    zero gradients. The kernels never read what is padding, so it may hold NaN; but the gradient of ``Additive``'s
-    key_weight is a product of torch over all keys, where padding must be finite. A NaN that is not padding propagates.
+    zero gradients. What is padding may hold NaN and reaches neither results nor gradients; a NaN elsewhere propagates.
+
+    Under ``torch.autocast`` query, key, value and the parameters of the score may have different dtypes: all but
+    float64 are brought to autocast's dtype, which is that of the results; sums stay float32.
 
     Args:
         query: queries.  # [B, Tq, Dq], or [B, Dq] for one query per row
@@ -111,7 +113,7 @@ def attention(
     vector = None
     if isinstance(score, Additive):
         vector = score.vector
-        query, key = project_additive(query, key, score)
+        query, key = project_additive(query, key, score, lengths, key_padding_mask)
     elif isinstance(score, General):
         check_matrix("weight", score.weight, query, "query", 0)
         check_matrix("weight", score.weight, key, "key", 1)
@@ -131,7 +133,9 @@ def attention(
     )
 
 
-def project_additive(query: Tensor, key: Tensor, score: Additive) -> tuple[Tensor, Tensor]:
+def project_additive(
+    query: Tensor, key: Tensor, score: Additive, lengths: Tensor | None, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Brings query and key to A elements; the bias goes with the projected one of them."""
     check_tensor("vector", score.vector)
     if score.query_weight is not None:
@@ -139,7 +143,7 @@ def project_additive(query: Tensor, key: Tensor, score: Additive) -> tuple[Tenso
         query = linear(query, score.query_weight)
     if score.key_weight is not None:
         check_matrix("key_weight", score.key_weight, key, "key", 1)
-        key = linear(key, score.key_weight)
+        key = linear(zero_padding(key, lengths, key_padding_mask), score.key_weight)
     if score.bias is None:
         return query, key
     A = score.vector.numel()
@@ -161,8 +165,11 @@ def attend_checked(
     key_padding_mask: Tensor | None = None,
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Checks projected queries and keys, and what goes with them, and runs the operator."""
+    """Checks projected queries and keys, and what goes with them, and runs the operator, in autocast's dtype if any."""
     check_tensor("value", value)
+    if torch._C._is_any_autocast_enabled():
+        query, key, value = (tensor.to(autocast_dtype(tensor)) for tensor in (query, key, value))
+        vector = vector.to(autocast_dtype(vector)) if isinstance(vector, Tensor) else vector
     if query.dim() not in (2, 3):
         raise RuntimeError(f"query: expected shape [B, Tq, D] or [B, D], got {list(query.shape)}")
     single = query.dim() == 2
@@ -178,12 +185,7 @@ def attend_checked(
     check_fit("value", value, (B, Tk, value.shape[2]), query)
     if vector is not None:
         check_fit("vector", vector, (D,), query)
-    if lengths is not None:
-        if key_padding_mask is not None:
-            raise ValueError("lengths, key_padding_mask: expected at most one of them, got both")
-        lengths = check_lengths(lengths, B, query.device)
-    elif key_padding_mask is not None:
-        check_mask(key_padding_mask, B, Tk, query.device)
+    lengths = check_padding(lengths, key_padding_mask, B, Tk, query.device)
     context, weights = attend(
         query,
         key,
@@ -198,6 +200,32 @@ def attend_checked(
     if single:
         return context.squeeze(1), None if weights is None else weights.squeeze(1)
     return context, weights
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that torch's own products would read the tensor in: autocast's where it is on, but float64 stays."""
+    dtype, device = tensor.dtype, tensor.device.type
+    if (
+        torch._C._is_any_autocast_enabled()
+        and dtype.is_floating_point
+        and dtype != torch.float64
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def zero_padding(key: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:
+    """Keys for a projection: zero where they are padding, since the weight's gradient is a product over all keys."""
+    if key.dim() != 3 or (lengths is None and key_padding_mask is None) or not torch.is_grad_enabled():
+        return key
+    B, Tk, _ = key.shape
+    lengths = check_padding(lengths, key_padding_mask, B, Tk, key.device)
+    if lengths is not None:
+        key_padding_mask = torch.arange(Tk, device=key.device) >= lengths[:, None]
+    assert key_padding_mask is not None
+    return key.masked_fill(key_padding_mask[..., None], 0)
 
 
 def check_tensor(name: str, tensor: object) -> None:
@@ -217,8 +245,8 @@ def check_fit(name: str, tensor: Tensor, shape: tuple[int, ...], query: Tensor) 
 
 
 def check_kind(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
-    """Raises unless dtype and device are those of the other."""
-    if tensor.dtype != other.dtype:
+    """Raises unless dtype (autocast's, where it is on) and device are those of the other."""
+    if tensor.dtype != other.dtype and autocast_dtype(tensor) != autocast_dtype(other):
         raise RuntimeError(f"{name}: expected dtype {other.dtype} of {other_name}, got {tensor.dtype}")
     if tensor.device != other.device:
         raise RuntimeError(f"{name}: expected device {other.device} of {other_name}, got {tensor.device}")
@@ -236,6 +264,19 @@ def check_matrix(name: str, weight: Tensor, operand: Tensor, operand_name: str, 
             f"{list(operand.shape)}, got {list(weight.shape)}"
         )
     check_kind(name, weight, operand, operand_name)
+
+
+def check_padding(
+    lengths: Tensor | None, key_padding_mask: Tensor | None, B: int, Tk: int, device: torch.device
+) -> Tensor | None:
+    """Raises unless at most one of them is given and fits; returns the lengths as int64 on the device."""
+    if lengths is not None:
+        if key_padding_mask is not None:
+            raise ValueError("lengths, key_padding_mask: expected at most one of them, got both")
+        return check_lengths(lengths, B, device)
+    if key_padding_mask is not None:
+        check_mask(key_padding_mask, B, Tk, device)
+    return None
 
 
 def check_lengths(lengths: Tensor, B: int, device: torch.device) -> Tensor:

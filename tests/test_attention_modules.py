@@ -8,7 +8,7 @@ import rnnkern
 from rnnkern.functional import Additive, General, attention
 from rnnkern.nn import AdditiveAttention, DotAttention, GeneralAttention
 from tests.attention_problem import PADDINGS, SCORES, make_problem
-from tests.helpers import error, needs_kernels
+from tests.helpers import BACKENDS, error, needs_kernels
 
 
 @needs_kernels
@@ -107,6 +107,69 @@ def test_module_parameters() -> None:
     }
     assert AdditiveAttention(4, 5, 6, bias=False).key_projection.bias is None
     assert GeneralAttention(4, 5, dtype=torch.float64).weight.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("score", SCORES)
+def test_autocast(score: str, backend: str, dtype: torch.dtype) -> None:
+    """Tensors of several dtypes are brought to autocast's; gradients come back in the dtype of their tensors."""
+    problem = make_problem(score, 2, 3, 5, 4, 6, padding="lengths")
+    expected = problem.run(backend)
+    tensors = {name: t.clone().requires_grad_() for name, t in problem.tensors.items()}
+    mixed = tensors | {"key": tensors["key"].to(dtype)}
+    with rnnkern.backend(backend):
+        with torch.autocast("cpu", dtype=dtype):
+            context, weights = problem.attend(mixed)
+        grads = torch.autograd.grad(
+            (context, weights), list(tensors.values()), (problem.dcontext.to(dtype), problem.dweights.to(dtype))
+        )
+    assert context.dtype == weights.dtype == dtype
+    actual = {"context": context, "weights": weights} | {f"d{name}": grad for name, grad in zip(tensors, grads)}
+    for name, result in actual.items():
+        assert name in ("context", "weights") or result.dtype == torch.float32, name
+        assert error(result, expected[name]) < 0.05 * max(1, expected[name].abs().max().item()), name
+    with rnnkern.backend(backend), pytest.raises(RuntimeError, match=r"^(key|key_weight|weight): expected dtype"):
+        problem.attend(mixed)
+
+
+@pytest.mark.parametrize("module", [DotAttention(), GeneralAttention(4, 4), AdditiveAttention(4, 4, 3)])
+def test_modules_under_autocast(module: torch.nn.Module) -> None:
+    """Keys may be projected outside autocast and attended to inside it; float64 stays what it is."""
+    query, key = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    projected = module.project_keys(key)
+    expected, _ = module(query, key)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for context, _ in (module(query, key), module(query, key, projected_key=projected)):
+            assert context.dtype == torch.bfloat16
+            assert error(context, expected) < 0.05
+        wide, _ = attention(query.double(), key.double(), score="dot")
+    assert torch.equal(wide, attention(query.double(), key.double(), score="dot")[0])
+
+
+@pytest.mark.parametrize("padding", ["lengths", "mask"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["function", "general", "additive"])
+def test_nan_in_padded_keys(kind: str, backend: str, padding: str) -> None:
+    """Padding reaches no result and no gradient, that of the key's weight included."""
+    problem = make_problem("additive", 2, 3, 5, 4, 6, padding=padding)
+    module = {"function": None, "general": GeneralAttention(4, 6), "additive": AdditiveAttention(4, 6, 3)}[kind]
+    assert problem.is_padding().any()
+    results = []
+    for fill in (0.0, float("nan")):
+        tensors = {name: t.clone() for name, t in problem.tensors.items()}
+        tensors["key"][problem.is_padding()] = fill
+        inputs = [t.requires_grad_() for t in tensors.values()]
+        with rnnkern.backend(backend):
+            if module is None:
+                context, weights = problem.attend(tensors)
+            else:
+                inputs = [*inputs[:3], *module.parameters()]
+                context, weights = module(*inputs[:3], **problem.padding, need_weights=True)
+        results.append((context, weights, *torch.autograd.grad((context * problem.dcontext).sum(), inputs)))
+    for zeros, nans in zip(*results):
+        assert nans.isfinite().all()
+        assert torch.equal(zeros, nans)
 
 
 @needs_kernels

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rnnkern.functional import attend_checked, check_matrix, check_tensor
+from rnnkern.functional import attend_checked, check_matrix, check_tensor, zero_padding
 
 Output = tuple[Tensor, Tensor | None]
 
@@ -14,8 +14,13 @@ Output = tuple[Tensor, Tensor | None]
 class _Attention(nn.Module):
     """What the modules share: forward's arguments, and keys that are projected once per source."""
 
+    _multiplies_keys = False  # whether project_keys has a weight
+
     def project_keys(self, key: Tensor) -> Tensor:
         """Brings keys to the form in which the score reads them; pass it to ``forward`` as ``projected_key``.
+
+        It does not know which keys are padding: these must be finite, or a NaN there reaches the weight's gradient.
+        (``forward`` zeros them before it projects.)
 
         Args:
             key: keys.  # [B, Tk, Dk]
@@ -67,7 +72,9 @@ class _Attention(nn.Module):
         check_tensor("query", query)
         check_tensor("key", key)
         if projected_key is None:
-            projected_key = self.project_keys(key)
+            projected_key = self.project_keys(
+                zero_padding(key, lengths, key_padding_mask) if self._multiplies_keys else key
+            )
         else:
             check_tensor("projected_key", projected_key)
         query = self.project_queries(query)
@@ -139,6 +146,8 @@ class GeneralAttention(_Attention):
         torch.Size([2, 6])
     """
 
+    _multiplies_keys = True
+
     def __init__(
         self,
         query_size: int,
@@ -157,7 +166,7 @@ class GeneralAttention(_Attention):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def project_keys(self, key: Tensor) -> Tensor:
-        """W k.  # [B, Tk, Dk] -> [B, Tk, Dq]"""
+        """W k; padding must be finite.  # [B, Tk, Dk] -> [B, Tk, Dq]"""
         check_tensor("key", key)
         check_matrix("weight", self.weight, key, "key", 1)
         return nn.functional.linear(key, self.weight)
@@ -201,6 +210,8 @@ class AdditiveAttention(_Attention):
         (torch.Size([2, 5, 6]), 0.0)
     """
 
+    _multiplies_keys = True
+
     def __init__(
         self,
         query_size: int,
@@ -225,7 +236,7 @@ class AdditiveAttention(_Attention):
         nn.init.uniform_(self.vector, -bound, bound)
 
     def project_keys(self, key: Tensor) -> Tensor:
-        """W_k k + b.  # [B, Tk, Dk] -> [B, Tk, A]"""
+        """W_k k + b; padding must be finite.  # [B, Tk, Dk] -> [B, Tk, A]"""
         check_tensor("key", key)
         check_matrix("key_projection", self.key_projection.weight, key, "key", 1)
         projected: Tensor = self.key_projection(key)

@@ -31,12 +31,15 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """Attention in plain PyTorch: differentiable any number of times, any dtype and device; materialises every score.
 
-    Low precision (bfloat16, float16) is computed in float32 and rounded at the end.
+    Low precision (bfloat16, float16) is computed in float32 and rounded at the end, under autocast too.
 
     Returns:
         context [B, Tq, Dv], weights [B, Tq, Tk]; both zero for a row without a valid key.
     """
-    dtype = query.dtype
+    dtype, device = query.dtype, query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return reference(query, key, value, vector, lengths, mask, score, scale)
     query, key, value = (tensor.to(compute_dtype(dtype)) for tensor in (query, key, value))
     padding = mask
     if lengths is not None:
