@@ -179,6 +179,11 @@ def test_bad_arguments_of_the_search() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             greedy_search(make_model(), source, lengths, **(options | change))
+    for name, value in (("start", 1.0), ("start", True), ("end", None), ("end", torch.tensor(2)), ("max_length", 3.0)):
+        with pytest.raises(TypeError, match=f"^{name}: expected an int, got "):
+            greedy_search(make_model(), source, lengths, **(options | {name: value}))
+    with pytest.raises(TypeError, match="lengths: expected a Tensor, got list"):
+        greedy_search(make_model(), source, lengths.tolist(), **options)
     with pytest.raises(ValueError, match="need_weights"):
         greedy_search(make_model(attention="none"), source, lengths, **options, need_weights=True)
     with pytest.raises(ValueError, match="tokens: expected a 2-D tensor"):

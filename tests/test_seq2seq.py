@@ -161,6 +161,48 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert result.scores.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_lengths_of_any_integer_dtype(dtype: torch.dtype) -> None:
+    model = make_model()
+    source, target, lengths = make_batch()
+    assert torch.equal(model(source, target, lengths.to(dtype)), model(source, target, lengths))
+    results = [
+        greedy_search(model.eval(), source, given, start=START, end=END, max_length=3)
+        for given in (lengths, lengths.to(dtype))
+    ]
+    assert torch.equal(results[0].scores, results[1].scores)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_autocast(attention: str) -> None:
+    model = make_model("gru", attention, dtype=torch.float32)
+    source, target, lengths = make_batch()
+    expected = model.loss(source, target, lengths).item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.loss(source, target, lengths)
+        result = greedy_search(model, source, lengths, start=START, end=END, max_length=3)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=0.02)
+    assert result.scores.isfinite().all()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_compiles_without_a_break(attention: str) -> None:
+    model = make_model("lstm", attention)
+    source, target, lengths = make_batch()
+    torch._dynamo.reset()
+    expected = model.loss(source, target, lengths)
+    actual = torch.compile(model.loss, fullgraph=True, backend="aot_eager")(source, target, lengths)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    parameters = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(actual, parameters), torch.autograd.grad(expected, parameters)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_state_dict_round_trip() -> None:
     source, target, lengths = make_batch()
     model, other = make_model("gru", "additive", seed=0), make_model("gru", "additive", seed=1)
@@ -178,6 +220,8 @@ def test_state_dict_round_trip() -> None:
         ({"num_layers": 0}, "num_layers"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
+        ({"padding_index": -1}, "padding_index: expected a symbol from 0 to 8, got -1"),
+        ({"padding_index": 9}, "padding_index: expected a symbol from 0 to 8, got 9"),
     ],
     ids=str,
 )
@@ -189,7 +233,19 @@ def test_bad_constructor_arguments(change: dict, message: str) -> None:
         Decoder(**options, memory_size=8)
 
 
+@pytest.mark.parametrize("name", ["vocabulary_size", "embedding_size", "hidden_size", "num_layers", "padding_index"])
+@pytest.mark.parametrize("value", [True, 2.0, "2", None], ids=repr)
+def test_sizes_that_are_no_integers(name: str, value: object) -> None:
+    options = {"vocabulary_size": 9, "embedding_size": 4, "hidden_size": 4, name: value}
+    with pytest.raises(TypeError, match=f"^{name}: expected an int, got {value!r}$"):
+        Encoder(**options)
+    with pytest.raises(TypeError, match=f"^{name}: expected an int, got {value!r}$"):
+        Decoder(**options, memory_size=8)
+
+
 def test_bad_attention() -> None:
+    with pytest.raises(ValueError, match="alignment_size: expected at least 1, got 0"):
+        Decoder(9, 4, 4, 8, attention="additive", alignment_size=0)
     with pytest.raises(ValueError, match=r"attention: expected one of .*got 'local'"):
         Decoder(9, 4, 4, 8, attention="local")
     with pytest.raises(ValueError, match="hidden_size 4 and memory_size 8"):
@@ -237,8 +293,18 @@ def test_bad_tensors() -> None:
         model(source, target, lengths + (lengths == 7))
     with pytest.raises(RuntimeError, match="lengths: expected values from 0 to 7, got -1"):
         model(source, target, lengths - 2)
-    with pytest.raises(RuntimeError, match=r"lengths: expected int64, got torch\.float32"):
+    with pytest.raises(RuntimeError, match=r"lengths: expected an integer dtype, got torch\.float32"):
         model(source, target, lengths.float())
+    with pytest.raises(RuntimeError, match=r"lengths: expected an integer dtype, got torch\.bool"):
+        model(source, target, lengths > 1)
+    with pytest.raises(TypeError, match="lengths: expected a Tensor, got list"):
+        model(source, target, lengths.tolist())
+    with pytest.raises(TypeError, match="source: expected a Tensor, got list"):
+        model(source.tolist(), target)
+    with pytest.raises(TypeError, match="target: expected a Tensor, got NoneType"):
+        model.loss(source, None)
+    with pytest.raises(TypeError, match="tokens: expected a Tensor, got NoneType"):
+        model.encoder(None)
     with pytest.raises(IndexError):
         model(source + LETTERS, target)
     with pytest.raises(RuntimeError, match="sequence length"):
@@ -255,6 +321,14 @@ def test_bad_arguments_of_the_decoder() -> None:
         model.decoder.step(target, state, memory)
     with pytest.raises(RuntimeError):
         model.decoder.step(target[0], (state[0][:, :3], state[1]), memory)
+    with pytest.raises(TypeError, match="tokens: expected a Tensor, got int"):
+        model.decoder.step(1, state, memory)
+    with pytest.raises(TypeError, match=r"memory: expected what Decoder\.prepare returns, got Tensor"):
+        model.decoder(target, state, memory.values)
+    with pytest.raises(TypeError, match="memory: expected a Tensor, got Memory"):
+        model.decoder.prepare(memory)
+    with pytest.raises(TypeError, match="lengths: expected a Tensor, got list"):
+        model.decoder.prepare(memory.values.transpose(0, 1), lengths.tolist())
     with pytest.raises(ValueError, match="memory: expected a 3-D tensor, got shape"):
         model.decoder.prepare(memory.values[0])
     with pytest.raises(RuntimeError, match="memory: expected last size 10, got shape"):

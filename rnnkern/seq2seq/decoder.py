@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern import nn as rnn
-from rnnkern.seq2seq.encoder import State, check_dropout, check_lengths, check_sizes, check_tokens, make_recurrent
+from rnnkern.functional import check_tensor
+from rnnkern.seq2seq.encoder import (
+    State,
+    check_dropout,
+    check_lengths,
+    check_sizes,
+    check_symbol,
+    check_tokens,
+    make_recurrent,
+)
 
 ATTENTIONS = ("none", "dot", "general", "additive")
 
@@ -57,8 +66,9 @@ class Decoder(nn.Module):
         batch_first: tokens are [B, T] and outputs [B, T, V] instead of [T, B] and [T, B, V]; the memory likewise.
 
     Raises:
-        ValueError: an unknown cell or attention, "dot" with H different from M, a size below 1, a dropout outside
-            [0, 1).
+        TypeError: a size or padding_index is not an integer.
+        ValueError: an unknown cell or attention, "dot" with H different from M, a size below 1, a padding_index outside
+            the vocabulary, a dropout outside [0, 1).
 
     Example:
         >>> import torch
@@ -94,7 +104,9 @@ class Decoder(nn.Module):
             hidden_size=hidden_size,
             memory_size=memory_size,
             num_layers=num_layers,
+            alignment_size=hidden_size if alignment_size is None else alignment_size,
         )
+        check_symbol("padding_index", padding_index, vocabulary_size)
         check_dropout(dropout)
         self.vocabulary_size = vocabulary_size
         self.hidden_size = hidden_size
@@ -121,18 +133,20 @@ class Decoder(nn.Module):
 
         Args:
             memory: outputs of the encoder.  # [Tk, B, M], or [B, Tk, M] with batch_first
-            lengths: number of valid positions of each row, int64, on the CPU; all without it.  # [B]
+            lengths: number of valid positions of each row, integers on the CPU; all without it.  # [B]
 
         Raises:
+            TypeError: memory or lengths is not a tensor.
             ValueError: memory is not 3-D.
             RuntimeError: its last size is not M; lengths does not fit it.
         """
+        check_tensor("memory", memory)
         if memory.dim() != 3:
             raise ValueError(f"memory: expected a 3-D tensor, got shape {list(memory.shape)}")
         values = memory if self.batch_first else memory.transpose(0, 1)  # [B, Tk, M]
         if values.shape[2] != self.memory_size:
             raise RuntimeError(f"memory: expected last size {self.memory_size}, got shape {list(memory.shape)}")
-        check_lengths(lengths, values.shape[1], values.shape[0])
+        lengths = check_lengths(lengths, values.shape[1], values.shape[0])
         projected = None if self.attention is None else self.attention.project_keys(values)
         return Memory(values, projected, lengths)
 
@@ -154,10 +168,12 @@ class Decoder(nn.Module):
             and the attention weights or None.  # [B, T, Tk]
 
         Raises:
+            TypeError: tokens is not a tensor; memory is not what ``prepare`` made.
             ValueError: tokens is not 2-D; weights are asked of a decoder without attention.
             RuntimeError: tokens is not integral; the batch sizes of tokens, state and memory differ.
         """
         check_tokens(tokens, "tokens")
+        _check_memory(memory)
         tokens = tokens.transpose(0, 1) if self.batch_first else tokens  # [T, B]
         if tokens.shape[1] != memory.values.shape[0]:
             raise RuntimeError(
@@ -182,6 +198,8 @@ class Decoder(nn.Module):
             the state after the step  # [L, B, H] each
             and the attention weights or None.  # [B, Tk]
         """
+        check_tensor("tokens", tokens)
+        _check_memory(memory)
         if tokens.dim() != 1:
             raise ValueError(f"tokens: expected a 1-D tensor, got shape {list(tokens.shape)}")
         logits, state, weights = self._run(tokens.unsqueeze(0), state, memory, need_weights)
@@ -211,6 +229,11 @@ class Decoder(nn.Module):
     def extra_repr(self) -> str:
         """Names the cell, the score and the layout."""
         return f"cell={self.cell!r}, attention={self.score!r}, batch_first={self.batch_first}"
+
+
+def _check_memory(memory: object) -> None:
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory: expected what Decoder.prepare returns, got {type(memory).__name__}")
 
 
 def _make_attention(

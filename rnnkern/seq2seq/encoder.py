@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern import nn as rnn
+from rnnkern.functional import check_tensor
 
 # h [L, B, H], or (h, c) for a cell with two states.
 State = Tensor | tuple[Tensor, Tensor]
@@ -40,7 +41,8 @@ class Encoder(nn.Module):
         batch_first: tokens are [B, T] and the memory [B, T, D*H] instead of [T, B] and [T, B, D*H].
 
     Raises:
-        ValueError: an unknown cell, a size below 1, a dropout outside [0, 1).
+        TypeError: a size or padding_index is not an integer.
+        ValueError: an unknown cell, a size below 1, a padding_index outside the vocabulary, a dropout outside [0, 1).
 
     Example:
         >>> import torch
@@ -79,6 +81,7 @@ class Encoder(nn.Module):
             state_size=self.state_size,
             state_layers=self.state_layers,
         )
+        check_symbol("padding_index", padding_index, vocabulary_size)
         check_dropout(dropout)
         self.cell = cell
         self.memory_size = hidden_size * (2 if bidirectional else 1)
@@ -106,20 +109,21 @@ class Encoder(nn.Module):
 
         Args:
             tokens: source symbols, int64 or int32.  # [T, B], or [B, T] with batch_first
-            lengths: number of symbols of each row, int64, on the CPU, in any order; all rows are full without.  # [B]
+            lengths: number of symbols of each row, integers on the CPU in any order; all rows are full without.  # [B]
 
         Returns:
             The memory, zero past each row's length  # [T, B, D*H], or [B, T, D*H] with batch_first
             and the decoder's first state: h, or (h, c) for the LSTM.  # [state_layers, B, state_size] each
 
         Raises:
+            TypeError: tokens or lengths is not a tensor.
             ValueError: tokens is not 2-D.
             RuntimeError: tokens is not integral; lengths does not fit it.
             IndexError: a symbol outside the vocabulary.
         """
         check_tokens(tokens, "tokens")
         tokens = tokens.transpose(0, 1) if self.batch_first else tokens  # [T, B]
-        check_lengths(lengths, tokens.shape[0], tokens.shape[1])
+        lengths = check_lengths(lengths, tokens.shape[0], tokens.shape[1])
         embedded = self.dropout(self.embedding(tokens))  # [T, B, E]
         memory, final = self.recurrent(embedded, lengths=lengths)  # [T, B, D*H]
         if self.batch_first:
@@ -193,10 +197,24 @@ def make_recurrent(
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuses a size below 1, by its name."""
+    """Refuses a size that is no integer or below 1, by its name."""
     for name, size in sizes.items():
+        check_integer(name, size)
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Refuses anything but an integer; True and False are none."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+
+
+def check_symbol(name: str, symbol: int, vocabulary_size: int) -> None:
+    """Refuses what is no symbol of the vocabulary."""
+    check_integer(name, symbol)
+    if not 0 <= symbol < vocabulary_size:
+        raise ValueError(f"{name}: expected a symbol from 0 to {vocabulary_size - 1}, got {symbol}")
 
 
 def check_dropout(dropout: float) -> None:
@@ -207,23 +225,29 @@ def check_dropout(dropout: float) -> None:
 
 def check_tokens(tokens: Tensor, name: str) -> None:
     """Refuses anything but a matrix of int64 or int32."""
+    check_tensor(name, tokens)
     if tokens.dim() != 2:
         raise ValueError(f"{name}: expected a 2-D tensor, got shape {list(tokens.shape)}")
     if tokens.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"{name}: expected int64 or int32, got {tokens.dtype}")
 
 
-def check_lengths(lengths: Tensor | None, time: int, batch_size: int) -> None:
-    """Refuses lengths that do not fit a batch [time, batch_size]."""
+def check_lengths(lengths: Tensor | None, time: int, batch_size: int) -> Tensor | None:
+    """Refuses lengths that do not fit a batch [time, batch_size]; returns them as int64."""
     if lengths is None:
-        return
+        return None
+    check_tensor("lengths", lengths)
     if lengths.shape != (batch_size,):
         raise RuntimeError(f"lengths: expected shape [{batch_size}], got {list(lengths.shape)}")
-    if lengths.dtype != torch.int64:
-        raise RuntimeError(f"lengths: expected int64, got {lengths.dtype}")
+    if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
+        raise RuntimeError(f"lengths: expected an integer dtype, got {lengths.dtype}")
     if lengths.device.type != "cpu":
         raise RuntimeError(f"lengths: expected a CPU tensor, got device {lengths.device}")
+    lengths = lengths.long()
+    if torch.compiler.is_compiling():  # a traced program cannot look at values
+        return lengths
     if batch_size and not 0 <= int(lengths.min()) <= int(lengths.max()) <= time:
         raise RuntimeError(
             f"lengths: expected values from 0 to {time}, got {int(lengths.min())} to {int(lengths.max())}"
         )
+    return lengths

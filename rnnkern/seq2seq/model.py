@@ -62,12 +62,13 @@ class Seq2Seq(nn.Module):
         Args:
             source: source symbols.  # [S, B], or [B, S] with batch_first
             target: start symbol, symbols, end symbol, padding.  # [T, B], or [B, T]
-            lengths: number of source symbols of each row, int64, on the CPU.  # [B]
+            lengths: number of source symbols of each row, integers on the CPU.  # [B]
 
         Returns:
             Logits; position t is about target[t + 1].  # [T-1, B, V], or [B, T-1, V]
 
         Raises:
+            TypeError: source, target or lengths is not a tensor.
             ValueError: source or target is not 2-D, target has fewer than two positions.
             RuntimeError: wrong dtype, batch sizes that differ, lengths that do not fit.
         """

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.seq2seq.decoder import Memory
-from rnnkern.seq2seq.encoder import State
+from rnnkern.seq2seq.encoder import State, check_integer, check_symbol
 from rnnkern.seq2seq.model import Seq2Seq
 
 
@@ -49,13 +49,14 @@ def greedy_search(
     Args:
         model: the model.
         source: source symbols.  # [S, B], or [B, S] where the model is batch_first
-        lengths: number of source symbols of each row, int64, on the CPU.  # [B]
+        lengths: number of source symbols of each row, integers on the CPU.  # [B]
         start: the symbol that starts a target.
         end: the symbol that ends it.
         max_length: most symbols of a row, the end symbol not counted; a longer row is cut.
         need_weights: return the attention weights.
 
     Raises:
+        TypeError: start, end or max_length is not an integer; source or lengths is not a tensor.
         ValueError: max_length is negative, start or end is outside the vocabulary, weights are asked of a model without
             attention, source is not 2-D.
         RuntimeError: wrong dtype, lengths that do not fit.
@@ -71,12 +72,12 @@ def greedy_search(
         >>> len(rows)
         3
     """
+    check_integer("max_length", max_length)
     if max_length < 0:
         raise ValueError(f"max_length: expected at least 0, got {max_length}")
     vocabulary_size = model.decoder.vocabulary_size
     for name, symbol in (("start", start), ("end", end)):
-        if not 0 <= symbol < vocabulary_size:
-            raise ValueError(f"{name}: expected a symbol from 0 to {vocabulary_size - 1}, got {symbol}")
+        check_symbol(name, symbol, vocabulary_size)
     if need_weights and model.decoder.attention is None:
         raise ValueError("need_weights: this model has no attention (attention='none')")
 
