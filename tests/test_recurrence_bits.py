@@ -1,5 +1,7 @@
 """What may not change a bit of a result: threads, the batch around a row, chunking, instruction set, packing."""
 
+import copy
+
 import pytest
 import torch
 
@@ -105,7 +107,7 @@ def test_packed_weights(cell: str, T: int, B: int, I: int, H: int, dtype: torch.
     assert packs.find(0, layer.weights)[1] is not None
 
 
-@pytest.mark.parametrize("how", ["in place", "through .data", "one element", "replaced", "set_"])
+@pytest.mark.parametrize("how", ["in place", "through .data", "columns", "one element", "replaced", "set_"])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_pack_is_never_stale(cell: str, how: str) -> None:
     layer = make_layer(cell, 1, 2, 20, 40)
@@ -118,6 +120,8 @@ def test_a_pack_is_never_stale(cell: str, how: str) -> None:
         w.copy_(other)
     elif how == "through .data":  # leaves neither address nor version changed: the kernels' own check finds it
         w.data.copy_(other)
+    elif how == "columns":
+        w.data[:, 1:] = other[:, 1:]
     elif how == "one element":
         w[17, 3] += 1
     elif how == "set_":
@@ -128,16 +132,94 @@ def test_a_pack_is_never_stale(cell: str, how: str) -> None:
         assert_same_bits(layer.infer(packs=packs), layer.infer())
 
 
+def packed(module: torch.nn.Module) -> bool:
+    return any(pack is not None for _, pack in module._packs._entries.values())
+
+
+OPTIMIZERS = {
+    "fused": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0, fused=True),  # leaves no trace in `_version`
+    "foreach": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0, foreach=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("toggle", [True, False], ids=["train and eval", "always eval"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
+def test_optimizer_steps_between_short_calls_are_seen(kind: str, optimizer: str, toggle: bool, backend: str) -> None:
+    module = getattr(rnnkern.nn, kind)(64, 64, bias=False).eval()
+    x = torch.eye(64)[5].view(1, 1, 64) if kind == "GRU" else torch.eye(64)[5:6]
+    step = OPTIMIZERS[optimizer](module.parameters())
+    for _ in range(4):
+        with torch.no_grad():
+            before = [module(x)[0] for _ in range(3)][-1]
+        assert packed(module)
+        module.train(toggle)
+        with rnnkern.backend(backend):
+            module(x)[0].sum().backward()  # only the column of one input has a gradient
+        assert module._parameters[next(iter(module._parameters))].grad.count_nonzero() <= 3 * 64
+        step.step()
+        step.zero_grad()
+        module.eval()
+        with torch.no_grad():
+            after = module(x)[0]
+            assert not torch.equal(after, before)
+            assert torch.equal(after, copy.deepcopy(module)(x)[0])
+
+
+def test_compiled_training_forgets_the_packs() -> None:
+    module = rnnkern.nn.GRU(64, 64, bias=False).eval()
+    x = torch.eye(64)[5].view(1, 1, 64)
+    run = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        with torch.no_grad():
+            for _ in range(3):
+                module(x)
+        assert packed(module)
+        run(x)[0].sum().backward()
+        assert not module._packs._entries
+
+
+def test_a_module_packs_in_eval_mode_only() -> None:
+    module, x = rnnkern.nn.LSTM(4, 8), torch.randn(1, 1, 4)
+    with torch.no_grad():
+        for _ in range(3):
+            module(x)
+        assert not module._packs._entries
+        module.eval()
+        for _ in range(3):
+            module(x)
+        assert packed(module)
+        module.training = True  # past train(): the next call notices
+        module(x)
+        assert not module._packs._entries
+
+
+def test_loaded_weights_are_seen() -> None:
+    module, other = (rnnkern.nn.LSTM(20, 40, num_layers=2).eval() for _ in range(2))
+    x = torch.randn(1, 1, 20)
+    with torch.no_grad():
+        for _ in range(3):
+            module(x)
+        assert packed(module)
+        module.load_state_dict(other.state_dict())
+        for _ in range(3):
+            assert torch.equal(module(x)[0], other(x)[0])
+
+
 def test_weights_are_packed_when_seen_again_only() -> None:
-    module = rnnkern.nn.LSTM(4, 8)
+    module = rnnkern.nn.LSTM(4, 8).eval()
     x = torch.randn(1, 1, 4)
     with torch.no_grad():
-        for _ in range(3):  # a training loop that evaluates one step after each update
+        for _ in range(3):  # a loop that evaluates one step after each update
             module(x)
             module.weight_hh_l0.mul_(0.9)
         assert module._packs._entries[0][1] is None
         module(x)
         module(x)
-        assert module._packs._entries[0][1] is not None
+        assert packed(module)
         module(x.expand(16, 1, 4))  # long calls pack anew
-    module(x)  # so do calls with gradients
+        assert packed(module)
+    module(x)  # a call with gradients forgets
+    assert not module._packs._entries

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Self
 
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
@@ -18,11 +19,13 @@ class _Recurrent(torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: everything but the constructor's arguments and the form of hx."""
 
     _packs: PackCache
+    _two_states: bool  # h and c, as LSTM has; every other cell of two states takes hx in LSTM's form
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         own = mode not in _TORCH_MODES
         super().__init__("RNN_TANH" if own else mode, *args, **kwargs)
         self._packs = PackCache()
+        self._two_states = len(CELLS[mode.lower()].states) == 2
         if own:  # a cell that torch does not know: one gate's parameters become G gates'
             self.mode = mode
             gates = len(CELLS[mode.lower()].gates)
@@ -31,6 +34,11 @@ class _Recurrent(torch.nn.RNNBase):
                 H, *rest = parameter.shape
                 setattr(self, name, torch.nn.Parameter(parameter.new_empty(gates * H, *rest)))
             self.reset_parameters()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode, as in torch; packed weights are forgotten."""
+        self._packs.forget()
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -75,7 +83,9 @@ class _Recurrent(torch.nn.RNNBase):
         """Zeros for h [L*D, B, H or P] and c [L*D, B, H]."""
         layers = self.num_layers * (2 if self.bidirectional else 1)
         h = x.new_zeros(layers, B, self.proj_size or self.hidden_size)
-        return h, None if self.mode != "LSTM" else x.new_zeros(layers, B, self.hidden_size)
+        return h, x.new_zeros(layers, B, self.hidden_size) if self._two_states else None
+
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
     def _refuse_rank(self, h: Tensor, c: Tensor | None, batched: bool) -> None:
         """Raises RuntimeError for a state of another rank than the input."""
@@ -104,7 +114,10 @@ class _Recurrent(torch.nn.RNNBase):
             or (c is not None and c.shape != (layers, B, self.hidden_size))
         ):
             self._update_flat_weights()
-            self.check_forward_args(input, h if c is None else (h, c), batch_sizes)  # type: ignore[arg-type]
+            if c is None:
+                self.check_forward_args(input, h, batch_sizes)
+            else:
+                torch.nn.LSTM.check_forward_args(self, input, (h, c), batch_sizes)  # type: ignore[arg-type]
         device = input.device
         for state in (h,) if c is None else (h, c):
             if state.device != device:
@@ -128,7 +141,15 @@ class _Recurrent(torch.nn.RNNBase):
             tensor = " tensor" if self.mode.startswith("RNN") else ""  # torch's wording differs
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {rank}D{tensor} instead")
         batched = rank == 3
-        h, c = (None, None) if hx is None else (hx, None) if self.mode != "LSTM" else (hx[0], hx[1])
+        if hx is None:
+            h = c = None
+        elif self._two_states:
+            h, c = hx[0], hx[1]
+            if type(hx) is not tuple or len(hx) != 2 or h is None or c is None:
+                # A tensor of another rank fails below; without a batch torch takes the first two of anything.
+                _check_pair(hx, AttributeError, exact=batched and getattr(hx, "ndim", 4) == 4)
+        else:
+            h, c = hx, None
         if h is not None and (h.dim() != rank or (c is not None and c.dim() != rank)):
             self._refuse_rank(h, c, batched)
         if not batched:
@@ -196,6 +217,10 @@ class _Recurrent(torch.nn.RNNBase):
         compute = compute_dtype(dtype)
         if c is not None and c.dtype != compute:
             c = c.to(compute)
+        packs: PackCache | None = self._packs
+        if self.training:
+            self._packs.forget()
+            packs = None
         if L == 1:
             y, h_n, c_n, c_all = recurrence(
                 cell,
@@ -207,7 +232,7 @@ class _Recurrent(torch.nn.RNNBase):
                 resets=resets,
                 return_states=return_states,
                 projection=first[1],
-                packs=self._packs,
+                packs=packs,
             )
             if c is None:
                 return y, h_n, None, None
@@ -226,7 +251,7 @@ class _Recurrent(torch.nn.RNNBase):
                 resets=resets,
                 return_states=return_states and layer == L - 1,
                 projection=projection,
-                packs=self._packs,
+                packs=packs,
                 layer=layer,
             )
             h_layers.append(h_layer)
@@ -253,12 +278,14 @@ class _Recurrent(torch.nn.RNNBase):
         data, batch_sizes, order, back = packed
         for name, value in (("lengths", lengths), ("resets", resets)):
             if value is not None:
-                raise ValueError(f"{name} must be None if input is a PackedSequence, got shape {list(value.shape)}")
+                raise ValueError(f"{name} must be None if input is a PackedSequence, got {type(value).__name__}")
         B = int(batch_sizes[0])
         if hx is None:
             h, c = self._first_state(data, B)
         else:
-            h, c = (hx, None) if self.mode != "LSTM" else (hx[0], hx[1])
+            if self._two_states:
+                _check_pair(hx, TypeError if order is None else AttributeError, exact=order is None)
+            h, c = (hx[0], hx[1]) if self._two_states else (hx, None)
             if order is not None:
                 h = h.index_select(1, order)
                 c = None if c is None else c.index_select(1, order)
@@ -276,6 +303,16 @@ class _Recurrent(torch.nn.RNNBase):
         output = PackedSequence(_pack(y, row_lengths), batch_sizes, order, back)
         states = None if c_all is None else PackedSequence(_pack(c_all, row_lengths), batch_sizes, order, back)
         return output, h_n, c_n, states
+
+
+def _check_pair(hx: Any, absent: type[Exception], exact: bool) -> None:
+    """Raises torch's exception unless hx is a pair of tensors; if not `exact`, its first two items are the pair."""
+    if exact and not isinstance(hx, tuple | list):
+        raise TypeError(f"hx must be a pair of tensors, got {type(hx).__name__}")
+    if exact and len(hx) != 2:
+        raise RuntimeError(f"hx must be a pair of tensors: lstm expects two hidden states, got {len(hx)}")
+    if not isinstance(hx[0], Tensor) or not isinstance(hx[1], Tensor):
+        raise absent(f"hx must be a pair of tensors, got {type(hx[0]).__name__} and {type(hx[1]).__name__}")
 
 
 def _pack(padded: Tensor, lengths: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
+from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops.recurrence import PackCache, Weights, recurrence
 
@@ -19,6 +21,11 @@ class _Cell(torch.nn.RNNCellBase):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks, device=device, dtype=dtype)
         self._packs = PackCache()
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets the mode, as in torch; packed weights are forgotten."""
+        self._packs.forget()
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -57,7 +64,7 @@ class _Cell(torch.nn.RNNCellBase):
             raise RuntimeError(f"input has inconsistent input_size: got {I} expected {self.input_size}")
         if h is None:
             h = x.new_zeros(B, self.hidden_size)
-            c = h if cell == "lstm" else None
+            c = h if len(CELLS[cell].states) == 2 else None
         else:
             device, shape = x.device, (B, self.hidden_size)
             if h.shape != shape or h.dtype != dtype or h.device != device:
@@ -68,13 +75,17 @@ class _Cell(torch.nn.RNNCellBase):
             if not torch._C._is_any_autocast_enabled():
                 raise RuntimeError(f"input must have the dtype of the weights. Expected {dtype}, got {x.dtype}")
             x, h = x.to(dtype), h.to(dtype)
+        packs: PackCache | None = self._packs
+        if self.training:
+            self._packs.forget()
+            packs = None
         if c is None:
-            _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), None, weights, packs=self._packs)
+            _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), None, weights, packs=packs)
             return h_n.squeeze(0), c_n
         compute = compute_dtype(dtype)
         if c.dtype != compute:
             c = c.to(compute)
-        _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights, packs=self._packs)
+        _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights, packs=packs)
         c_n = c_n.squeeze(0)
         return h_n.squeeze(0), c_n if compute == dtype else c_n.to(dtype)
 

@@ -99,7 +99,6 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
 
     # The base class checks a single state; these are torch.nn.LSTM's own.
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
-    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
     def forward(

@@ -195,15 +195,22 @@ _apply_layer: Any = _Layer.apply
 
 
 class PackCache:
-    """Weights of a module's layers in the kernels' layout, for short calls without gradients.
+    """Weights of a module's layers in the kernels' layout, for short calls without gradients in eval mode.
 
-    An entry holds while every weight keeps address, version and dtype. Writes that leave no such trace (through
-    `.data`, or from another process) are caught by the kernels, which compare a sample of the weights with one kept in
-    the pack. Weights are packed when seen unchanged for the second time, so that a training loop does not pack in vain.
+    An entry holds while every weight keeps address, version and dtype. That misses writes without a trace: fused
+    optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in training mode or
+    with gradients, and in `train` and `eval`; and the kernels compare a sample of the elements with one kept in the
+    pack. What remains unseen is a write without a trace, to so few elements that the sample misses them, between two
+    calls without gradients of a module that stays in eval mode: `module.eval()` after such a write makes it seen.
+    Weights are packed when seen unchanged for the second time: evaluating between updates packs nothing in vain.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[list[Any], Tensor | None]] = {}
+
+    def forget(self) -> None:
+        """Drops every pack, without reading: `torch.compile` would guard on what it reads."""
+        self._entries = {}
 
     def find(self, layer: int, weights: Weights) -> tuple[list[Any] | None, Tensor | None]:
         """The key of these weights (None if they cannot have one), and their pack if there is one."""
@@ -224,17 +231,20 @@ class PackCache:
 
 
 def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
-    """Returns lengths as an int64 tensor on the CPU, [B]; raises RuntimeError if one is not within 0..T."""
+    """Returns lengths as an int64 tensor on the CPU, [B]; raises RuntimeError if one is not within 0..T.
+
+    Under `torch.compile` only the kernels look at the values, with the same exception.
+    """
     if not isinstance(lengths, Tensor):
         raise TypeError(f"lengths must be a tensor, got {type(lengths).__name__}")
     if lengths.dim() != 1 or lengths.shape[0] != B:
         raise RuntimeError(f"lengths must have one entry per row. Expected shape [{B}], got {list(lengths.shape)}")
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise RuntimeError(f"lengths must be integers. Expected torch.int64, got {lengths.dtype}")
+    if lengths.device.type == "meta":
+        raise RuntimeError("lengths must hold values, got a tensor on the meta device")
     lengths = lengths.detach().to("cpu", torch.int64)
-    if torch.compiler.is_compiling():  # a traced program cannot look at values
-        return lengths.clamp(0, T)
-    if B > 0:
+    if B > 0 and not torch.compiler.is_compiling():  # a traced program cannot look at values: the kernels refuse
         low, high = (int(v) for v in lengths.aminmax())
         if low < 0 or high > T:
             raise RuntimeError(f"lengths must be within 0 and the number of steps {T}, got {low if low < 0 else high}")
@@ -280,13 +290,16 @@ def recurrence(
     """Runs one layer in one or both directions on the backend that `rnnkern.ops._dispatch.choose` names.
 
     The meaning of every argument and result is that of `rnnkern.cells.reference.layer`; h0's first size tells whether
-    there is a reverse direction. Without gradients and for few steps the weights' packed form comes from `packs`.
+    there is a reverse direction. Without gradients and for few steps the weights' packed form comes from `packs`; any
+    other backend and a call with gradients empty it.
 
     Raises:
         RuntimeError: a weight does not fit x in device, dtype or shape.
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
     if select(cell, x, h0, projection[0] is not None) == "eager":
+        if packs is not None:
+            packs.forget()  # this call may be one with gradients
         check_weights(x, weights, cell, h0 if c0 is None else c0, h0)
         return reference.layer(
             CELLS[cell],
@@ -311,6 +324,8 @@ def recurrence(
             or any([w is not None and w.requires_grad for w in weights])
         )
     ):
+        if packs is not None:
+            packs.forget()  # an optimizer may follow that changes the weights without a trace
         check_weights(x, weights, cell, h0, h0)
         call = _layer if tracing or torch.compiler.is_compiling() else _apply_layer
         y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states)
