@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
-from rnnkern.ops.recurrence import recurrence
-from tests.helpers import make_layer
+from tests.helpers import needs_kernels
 
 T, B, I, H = 5, 2, 3, 4
 KINDS = ["RNN", "LSTM", "GRU"]
@@ -105,6 +104,35 @@ def test_the_second_state_is_checked_like_the_first() -> None:
         ours(x, (h, h.double()))
 
 
+@pytest.mark.parametrize(
+    ("form", "hx"),
+    [
+        ("padded", lambda h: (h, h, h)),
+        ("padded", lambda h: torch.stack([h, h])),
+        ("padded", lambda h: (None, None)),
+        ("padded", lambda h: [h, None]),
+        ("unbatched", lambda h: (None, h[:, 0])),
+        ("sorted", lambda h: (h, h, h)),
+        ("sorted", lambda h: (h,)),
+        ("sorted", lambda h: torch.stack([h, h])),
+        ("sorted", lambda h: (None, None)),
+        ("unsorted", lambda h: (h, None)),
+    ],
+)
+def test_the_states_of_an_lstm_are_a_pair(form: str, hx: Callable[[Tensor], Any]) -> None:
+    ours, peer = (lib.LSTM(I, H) for lib in (rnnkern.nn, torch.nn))
+    x: Any = torch.zeros(T, B, I)
+    if form == "unbatched":
+        x = x[:, 0]
+    elif form != "padded":
+        lengths = torch.tensor([T, 2] if form == "sorted" else [2, T])
+        x = pack_padded_sequence(x, lengths, enforce_sorted=form == "sorted")
+    given = hx(torch.zeros(1, B, H))
+    kind, message = refusal(lambda: ours(x, given))
+    assert kind is refusal(lambda: peer(x, given))[0]
+    assert message.startswith("hx must be a pair of tensors")
+
+
 LENGTHS: dict[str, tuple[Any, str]] = {
     "too long": (torch.tensor([5, 6]), "lengths must be within 0 and the number of steps 5, got 6"),
     "negative": (torch.tensor([-1, 5]), "lengths must be within 0 and the number of steps 5, got -1"),
@@ -116,6 +144,7 @@ LENGTHS: dict[str, tuple[Any, str]] = {
     "scalar": (torch.tensor(1), r"lengths must have one entry per row. Expected shape \[2\], got \[\]"),
     "float": (torch.tensor([1.0, 2.0]), "lengths must be integers. Expected torch.int64, got torch.float32"),
     "bool": (torch.tensor([True, False]), "lengths must be integers. Expected torch.int64, got torch.bool"),
+    "meta": (torch.zeros(B, dtype=torch.long, device="meta"), "lengths must hold values, got a tensor on the meta"),
 }
 
 
@@ -128,6 +157,17 @@ def test_lengths(kind: str, case: str, backend: str | None) -> None:
     for training in (True, False):
         with torch.set_grad_enabled(training), pytest.raises(RuntimeError, match=message):
             module(torch.zeros(T, B, I), lengths=lengths)
+
+
+@needs_kernels
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_lengths(training: bool) -> None:
+    run = torch.compile(rnnkern.nn.GRU(I, H), fullgraph=True, backend="aot_eager")
+    x = torch.randn(T, B, I)
+    with torch.set_grad_enabled(training):
+        run(x, lengths=torch.tensor([T, 0]))
+        with pytest.raises(RuntimeError, match=r"lengths must lie in 0\.\.5"):
+            run(x, lengths=torch.tensor([9, -3]))
 
 
 def test_lengths_must_be_a_tensor() -> None:
@@ -161,11 +201,14 @@ def test_resets_follow_the_layout_of_the_input() -> None:
         gru(torch.zeros(T, I), resets=[False] * T)
 
 
+@pytest.mark.parametrize("value", [torch.zeros(B, dtype=torch.long), [1, 2]], ids=["tensor", "list"])
 @pytest.mark.parametrize("name", ["lengths", "resets"])
-def test_keywords_of_padded_input_do_not_go_with_packed_input(name: str) -> None:
+def test_keywords_of_padded_input_do_not_go_with_packed_input(name: str, value: Any) -> None:
     packed = pack_padded_sequence(torch.zeros(T, B, I), torch.tensor([T, 2]))
-    with pytest.raises(ValueError, match=f"{name} must be None if input is a PackedSequence"):
-        rnnkern.nn.GRU(I, H)(packed, **{name: torch.zeros(B, dtype=torch.long)})
+    with pytest.raises(
+        ValueError, match=f"{name} must be None if input is a PackedSequence, got {type(value).__name__}"
+    ):
+        rnnkern.nn.GRU(I, H)(packed, **{name: value})
 
 
 CELLS_LIKE_TORCH: dict[str, Callable[[str], tuple[Any, ...]]] = {
@@ -242,9 +285,24 @@ def test_weights_that_do_not_fit(name: str, value: Tensor, message: str, trainin
                 gru(torch.zeros(1, B, I))
 
 
-def test_nothing_is_written_before_a_refusal() -> None:
-    layer = make_layer("lstm", T, B, I, H, lengths=torch.tensor([1, 9]))
-    before = {name: tensor.clone() for name, tensor in layer.inputs.items()}
-    with torch.no_grad(), pytest.raises(RuntimeError, match="lengths"):
-        recurrence("lstm", layer.x, layer.h0, layer.c0, layer.weights, lengths=layer.lengths)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.inputs.items())
+@needs_kernels
+def test_a_refused_call_leaves_the_module_as_it_was() -> None:
+    gru = rnnkern.nn.GRU(I, H).eval()
+    x, h = torch.randn(1, B, I), torch.randn(1, B, H)
+    with torch.no_grad():
+        expected = gru(x, h)[0]
+        for _ in range(2):  # noted, packed
+            gru(x, h)
+        packs = dict(gru._packs._entries)
+        refused = (
+            lambda: gru(x, h, lengths=torch.tensor([0, 2])),
+            lambda: gru(x.double(), h),
+            lambda: gru(x, h[:, :1]),
+            lambda: torch.ops.rnnkern.layer_inference(
+                *("gru", x, h, None, *gru._layer_weights(0)[0], torch.tensor([1, 9]), None, False, packs[0][1])
+            ),
+        )
+        for run in refused:
+            refusal(run)
+            assert gru._packs._entries[0][1] is packs[0][1] is not None
+            assert torch.equal(gru(x, h)[0], expected)
