@@ -153,6 +153,12 @@ def floor_line(case: Case, ours: float) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
+    try:
+        if _library.extension is not None:
+            _library.extension.get_isa()
+    except RuntimeError as error:  # RNNKERN_CPU_ISA names none
+        print(f"python -m rnnkern: error: RNNKERN_CPU_ISA: {error}", file=sys.stderr)
+        return 2
     if arguments.command == "info":
         info()
         return 0

@@ -1,5 +1,6 @@
 """The command line: `python -m rnnkern info` and `bench`."""
 
+import os
 import subprocess
 import sys
 
@@ -23,6 +24,17 @@ def test_module_runs_as_a_program() -> None:
     run = subprocess.run([sys.executable, "-m", "rnnkern", "info"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert rnnkern.__version__ in run.stdout
+
+
+@pytest.mark.skipif(_library.extension is None, reason=f"no compiled kernels: {_library.reason}")
+@pytest.mark.parametrize("arguments", [["info"], ["bench", "gru", *TINY]], ids=["info", "bench"])
+def test_unknown_instruction_set(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "rnnkern", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RNNKERN_CPU_ISA": "nonsense"})
+    assert run.returncode == 2
+    assert run.stdout == ""
+    assert run.stderr.startswith("python -m rnnkern: error: RNNKERN_CPU_ISA: instruction set 'nonsense'")
+    assert len(run.stderr.splitlines()) == 1
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
