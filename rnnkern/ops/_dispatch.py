@@ -219,7 +219,9 @@ class Explanation:
 def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Runs `module(*args, **kwargs)` once and tells which backend ran each recurrent layer, and why.
 
-    The module may be any model that holds recurrent layers of rnnkern; torch's random state is left as it was.
+    The module may be any model that holds recurrent layers of rnnkern. It really runs, in its own mode and with
+    gradients as they are enabled, since both decide what runs: whatever a call changes in it, such as the running
+    statistics of a BatchNorm in training mode, changes here too. Only torch's random state is left as it was.
 
     Example:
         >>> import torch, rnnkern
