@@ -8,7 +8,16 @@ from torch import Tensor
 
 import rnnkern
 from rnnkern.cells import CELLS
-from tests.helpers import BACKENDS, DTYPES, assert_as_accurate, make_layer, needs_kernels, threads
+from tests.helpers import (
+    BACKENDS,
+    DTYPES,
+    ISAS,
+    assert_as_accurate,
+    instruction_set,
+    make_layer,
+    needs_kernels,
+    threads,
+)
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -53,7 +62,7 @@ def test_reference_is_as_accurate_as_torch(cell: str, dtype: torch.dtype) -> Non
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=names)
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("resets", [False, True], ids=["", "resets"])
 @pytest.mark.parametrize("pattern", ["none", "sorted", "unsorted", "zeros", "all zero"])
 @pytest.mark.parametrize("D", [1, 2])
@@ -72,7 +81,29 @@ def test_lengths_and_resets(cell: str, D: int, pattern: str, resets: bool, dtype
         resets=torch.rand(T, B) < 0.3 if resets else None,
         every_c=True,
     )
-    assert_as_accurate(layer.run("cpu"), layer.run_reference(), layer.run("eager"), dtype)
+    expected, peer = layer.run_reference(), layer.run("eager")
+    for name in ISAS:
+        with instruction_set(name):
+            assert_as_accurate(layer.run("cpu"), expected, peer, dtype)
+
+
+@needs_kernels
+def test_very_many_steps() -> None:
+    """More than 16 bits count."""
+    T, B, I, H = 70_000, 2, 3, 5
+    module, peer = rnnkern.nn.GRU(I, H), torch.nn.GRU(I, H)
+    peer.load_state_dict(module.state_dict())
+    x = torch.randn(T, B, I)
+    with torch.no_grad():
+        y, h_n = module(x)
+        expected, _ = peer(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(h_n[0], y[-1])
+        cut, h_cut = module(x, lengths=torch.tensor([T - 1, 66_000]))
+    assert torch.equal(cut[: T - 1, 0], y[: T - 1, 0])
+    assert torch.equal(cut[:66_000, 1], y[:66_000, 1])
+    assert not cut[66_000:, 1].any()
+    assert torch.equal(h_cut[0], torch.stack([y[T - 2, 0], y[66_000 - 1, 1]]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,8 @@
 """What may not change a bit of a result: threads, the batch around a row, chunking, instruction set, packing."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 import rnnkern
 from rnnkern.cells import CELLS
 from rnnkern.ops.recurrence import PackCache
-from tests.helpers import ISAS, assert_same_bits, instruction_set, make_layer, needs_kernels, threads
+from tests.helpers import DTYPES, ISAS, assert_same_bits, instruction_set, make_layer, needs_kernels, threads
 
 pytestmark = needs_kernels
 # T, B, I, H: few rows and many (the engines split the one by units, the other by rows), odd sizes
@@ -19,7 +21,8 @@ SHAPES = [(5, 1, 10, 100), (6, 20, 7, 33), (33, 4, 20, 64)]
 @pytest.mark.parametrize(("T", "B", "I", "H"), SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_threads(cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, isa: str) -> None:
-    layer = make_layer(cell, T, B, I, H, D=2, dtype=dtype, lengths=torch.randint(0, T + 1, (B,)))
+    lengths, resets = torch.randint(0, T + 1, (B,)), torch.rand(T, B) < 0.2
+    layer = make_layer(cell, T, B, I, H, D=2, dtype=dtype, lengths=lengths, resets=resets, every_c=True)
     with threads(1):
         expected = layer.run("cpu")
     for count in (2, 3):
@@ -77,7 +80,7 @@ def test_chunking(cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype,
 
 
 @pytest.mark.skipif(not {"avx2", "avx512"} <= set(ISAS), reason="this CPU lacks AVX2 or AVX-512")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "B", "I", "H"), SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_avx2_and_avx512(cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype) -> None:
@@ -85,8 +88,31 @@ def test_avx2_and_avx512(cell: str, T: int, B: int, I: int, H: int, dtype: torch
     results = []
     for name in ("avx2", "avx512"):
         with instruction_set(name):
-            results.append(layer.infer())
+            results.append(layer.run("cpu") | {f"{name} alone": out for name, out in layer.infer().items()})
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_callers_at_once(count: int) -> None:
+    """Python threads share modules, packs and the engines' helpers; torch's number of threads is each caller's own."""
+    layers = [make_layer(cell, T, B, 10, 64, D=2, every_c=True) for cell, T, B in (("lstm", 12, 20), ("gru", 3, 1))]
+    with threads(1):
+        expected = [layer.run("cpu") for layer in layers]
+        outputs = [layer.infer() for layer in layers]
+    packs = [PackCache() for _ in layers]
+    begin = threading.Barrier(2)
+
+    def call(first: int) -> None:
+        torch.set_num_threads(count)
+        begin.wait()
+        for i in range(20):
+            which = (first + i) % 2
+            assert_same_bits(layers[which].run("cpu"), expected[which])
+            assert_same_bits(layers[which].infer(packs=packs[which]), outputs[which])
+
+    with threads(count), ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(call, first) for first in range(2)]:
+            done.result()
 
 
 @pytest.mark.parametrize("cell", CELLS)
