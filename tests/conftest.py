@@ -1,5 +1,6 @@
 """Fixtures of every test: torch's global state is put back, and each instruction set that this CPU has is tried."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ def _same_start() -> Iterator[None]:
     torch.manual_seed(0)
     with threads(1):
         yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()  # compiled code is counted against a limit over all tests
 
 
 @pytest.fixture(params=ISAS or [pytest.param("none", marks=pytest.mark.skip(reason="no compiled kernels"))])
