@@ -133,8 +133,9 @@ template <class T>
 RNNKERN_FN void transpose(Vec<T> (&rows)[Vec<T>::kLanes]) {
   using V = Vec<T>;
   static constexpr TransposeLanes<T> kTable{};
+  constexpr int kStages = __builtin_ctz(V::kLanes);
   RNNKERN_UNROLL
-  for (int stage = 0; 1 << stage < V::kLanes; ++stage) {
+  for (int stage = 0; stage < kStages; ++stage) {
     const int m = 1 << stage;
     typename V::IntValue low, high;
     memcpy(&low, kTable.low[stage], sizeof(low));
