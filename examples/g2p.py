@@ -11,7 +11,9 @@ results.json and test.tsv (each test word, its pronunciation as found and as lis
 
 import argparse
 import json
+import math
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +34,7 @@ from rnnkern.seq2seq.decoder import ATTENTIONS
 from rnnkern.seq2seq.encoder import RECURRENT_CELLS
 
 EXAMPLES = 10
+MOST_THREADS = 1024
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -70,7 +73,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add(group, "--modules", "rnnkern", "train on rnnkern's modules or on torch's own", choices=MODULES)
 
     group = parser.add_argument_group("training")
-    add(group, "--epochs", 6, "passes over the training words", metavar="N")
+    add(group, "--epochs", 5, "passes over the training words", metavar="N")
     add(group, "--batch", 128, "words per step", metavar="B")
     add(group, "--lr", 3e-3, "highest learning rate; it rises at first, then falls to 0 along a cosine")
     add(group, "--warmup", 0.05, "part of the training over which the learning rate rises", metavar="P")
@@ -99,6 +102,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("limit", "compare_steps"):
         if getattr(options, name) < 0:
             parser.error(f"argument --{name.replace('_', '-')}: expected at least 0, got {getattr(options, name)}")
+    if options.threads is not None and options.threads > MOST_THREADS:
+        parser.error(f"argument --threads: expected at most {MOST_THREADS}, got {options.threads}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"argument --seed: expected a number from 0 to 2**63 - 1, got {options.seed}")
     for name in ("encoder_hidden", "threads", "stop_after"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: expected at least 1, got {getattr(options, name)}")
@@ -106,16 +113,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --dropout: expected a probability in [0, 1), got {options.dropout}")
     if not 0 <= options.warmup <= 1:
         parser.error(f"argument --warmup: expected a number from 0 to 1, got {options.warmup}")
-    if options.lr <= 0 or options.clip <= 0:
-        parser.error("arguments --lr and --clip: expected a number above 0")
-    if options.minutes is not None and options.minutes <= 0:
-        parser.error(f"argument --minutes: expected a number above 0, got {options.minutes}")
+    for name in ("lr", "clip", "minutes"):
+        value = getattr(options, name)
+        if value is not None and not (0 < value < math.inf):  # refuses NaN too
+            parser.error(f"argument --{name}: expected a number above 0, got {value}")
     if options.resume and options.overwrite:
         parser.error("--resume and --overwrite exclude each other")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: {str(error).splitlines()[0]}")
+    if torch.device(options.device).type == "meta":
+        parser.error("argument --device: nothing can be trained on meta, which holds no data")
     return options
 
 
@@ -166,6 +175,16 @@ def check_output(checkpoint: Path, config: Config, resume: bool, overwrite: bool
         raise CheckpointError(
             f"{checkpoint} is unfinished ({state['epoch']} of {config.epochs} epochs): --resume it, or --overwrite it"
         )
+
+
+def make_writable(directory: Path) -> None:
+    """Makes the directory and shows that it can be written to, before an epoch is spent on what cannot be saved."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"argument --output: cannot write to {directory}: {error.strerror}") from None
 
 
 def report_comparison(comparison: Comparison) -> None:
@@ -224,7 +243,7 @@ def run(options: argparse.Namespace) -> int:
     config = make_config(options, lexicon)
     checkpoint = options.output / "checkpoint.pt"
     check_output(checkpoint, config, options.resume, options.overwrite)
-    options.output.mkdir(parents=True, exist_ok=True)
+    make_writable(options.output)
 
     letters = data.Vocabulary.of(lexicon)
     phones = data.Vocabulary.of(p for pronunciations in lexicon.values() for p in pronunciations)

@@ -59,6 +59,30 @@ def toy_trainer(**changes: object) -> g2p_train.Trainer:
     return g2p_train.Trainer(replace(config, **changes), train, dev, letters, phones)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--lr", "nan"], "--lr"),
+        (["--clip", "inf"], "--clip"),
+        (["--minutes", "nan"], "--minutes"),
+        (["--threads", "100000"], "--threads"),
+        (["--seed", str(10**23)], "--seed"),
+        (["--device", "meta"], "--device"),
+    ],
+)
+def test_impossible_numbers_are_refused(
+    options: list[str], named: str, toy_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        g2p.main(["--data", str(toy_file), *options])
+    assert f"argument {named}: " in capsys.readouterr().err
+
+
+def test_unwritable_output_is_refused_before_training(toy_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert g2p.main(["--data", str(toy_file), "--output", str(toy_file / "below")]) == 2
+    assert "argument --output: cannot write to" in capsys.readouterr().err
+
+
 def test_batches_hold_every_pair_once_with_little_padding() -> None:
     trainer = toy_trainer()
     pairs = trainer.train_pairs
