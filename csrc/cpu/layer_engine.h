@@ -25,6 +25,10 @@ constexpr int64_t kBatchSplitRows = 8;  // rows per member above which the batch
 RNNKERN_FN int64_t blocks_of(int64_t units) { return (units + kBlock - 1) / kBlock; }
 RNNKERN_FN int64_t half_cut(int64_t blocks) { return blocks / 2; }
 
+// Elements between rows of `columns`: whole cache lines, an odd number of them, so that the rows of a tile fall into
+// different sets of the cache.
+RNNKERN_FN int64_t padded_stride(int64_t columns) { return (blocks_of(columns) | 1) * kBlock; }
+
 struct Range {
   int64_t begin, end;
 };

@@ -32,7 +32,8 @@ class Forward {
   Forward(const LayerPlan& plan, const LayerOutputs& out, void* workspace, int member)
       : plan_(plan), in_(*plan.in), out_(out), blocks_(blocks_of(plan.in->H)) {
     Arena arena(workspace);
-    row_stride_ = blocks_ * kBlock + kBlock;  // whole cache lines, and seldom a power of two
+    row_stride_ = padded_stride(in_.H);
+    x_stride_ = padded_stride(in_.I);
     for (int d = 0; d < in_.D; ++d) {
       for (T*& h : h_[d]) h = arena.take<T>(size_t(in_.B * row_stride_));
       for (int s = 1; s < kStates; ++s) state_[d][s] = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
@@ -43,7 +44,7 @@ class Forward {
     chunk_ = max_of(int64_t(1), min_of(plan.steps, (beyond_cache ? 384 : 128) / max_of(int64_t(1), rows)));
     const int64_t chunk_rows = chunk_ * in_.B;  // a member may have all rows of a step
     for (int i = 0; i < plan.members; ++i) {
-      T* x = arena.take<T>(size_t(chunk_rows * in_.I));
+      T* x = arena.take<T>(size_t(chunk_rows * x_stride_));
       T* gx = arena.take<T>(size_t(blocks_ * chunk_rows * kWidth));
       T* half0 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
@@ -156,7 +157,7 @@ class Forward {
       first_row_[i] = count;
       for (int64_t m = 0; m < alive; ++m) {
         const S* x = static_cast<const S*>(in_.x) + t * in_.x_time + row_of(rows.begin + m) * in_.x_batch;
-        load_row(x, x_ + (count + m) * in_.I, in_.I);
+        load_row(x, x_ + (count + m) * x_stride_, in_.I);
       }
       count += alive;
     }
@@ -167,7 +168,7 @@ class Forward {
       const T* weights = input_weights(d, block, panel);
       const T* bias = input_bias(d, block, panel);
       for (int64_t k = 0; k < in_.I || k == 0; k += kRun) {
-        gemm<T, kGates>(count, panel, {x_ + k, in_.I, int(min_of(kRun, in_.I - k))},
+        gemm<T, kGates>(count, panel, {x_ + k, x_stride_, int(min_of(kRun, in_.I - k))},
                         {weights + k * kWidth, in_.I * kWidth},
                         {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
       }
@@ -268,11 +269,11 @@ class Forward {
   const LayerInputs& in_;
   const LayerOutputs& out_;
   const int64_t blocks_;
-  int64_t row_stride_, chunk_;
+  int64_t row_stride_, x_stride_, chunk_;
   T* h_[2][2];            // [direction][step & 1]: [row][row_stride_]
   T* state_[2][kStates];  // [direction][state]: [block][row][16]; the first is unused
   T *x_, *gx_,
-      *half_[2];        // own scratch: [chunk row][I], [block][chunk row][gate][16], [panel block][panel row][gate][16]
+      *half_[2];        // own scratch: [chunk row][x_stride_], [block][chunk row][gate][16], [panel block][panel row][gate][16]
   int64_t* first_row_;  // [chunk step] its first chunk row
   T *weights_, *bias_;  // what is packed as it is used, if the plan has nothing packed
   int64_t gx_stride_ = 0;  // elements of a block of gx_
