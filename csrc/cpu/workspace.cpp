@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
+#include <vector>
 
 namespace rnnkern {
 namespace {
@@ -22,7 +24,95 @@ struct Block {
   ~Block() { std::free(data); }
 };
 
+// Large allocations on huge pages, others on cache lines.
+void* allocate(size_t& bytes) {
+  const size_t alignment = bytes >= kWorthHugePages ? kHugePage : kAlignment;
+  bytes = (bytes + alignment - 1) / alignment * alignment;
+  void* data = std::aligned_alloc(alignment, bytes);
+  if (!data) throw std::bad_alloc();
+  if (bytes >= kWorthHugePages) prefer_huge_pages(data, bytes);
+  return data;
+}
+
+// Never waits for its lock: a thread that finds it taken (by another one, or in a forked child for ever) goes to the
+// system's allocator.
+class Pool {
+ public:
+  void* take(size_t bytes) {
+    bytes += sizeof(Header);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock()) {
+      auto best = free_.end();
+      for (auto it = free_.begin(); it != free_.end(); ++it) {
+        const bool fits = (*it)->bytes >= bytes && (*it)->bytes <= 2 * bytes;
+        if (fits && (best == free_.end() || (*it)->bytes < (*best)->bytes)) best = it;
+      }
+      if (best != free_.end()) {
+        Header* block = *best;
+        free_.erase(best);
+        unused_ -= block->bytes;
+        return use(block);
+      }
+      const size_t needed = used_ + bytes, most = most_used_;
+      shrink(most > needed ? most - needed : 0);
+    }
+    Header* block = static_cast<Header*>(allocate(bytes));
+    block->bytes = bytes;
+    return use(block);
+  }
+
+  void give_back(void* data) {
+    Header* block = static_cast<Header*>(data) - 1;
+    used_ -= block->bytes;
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return std::free(block);
+    free_.push_back(block);
+    unused_ += block->bytes;
+  }
+
+  void release() {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (lock.owns_lock()) shrink(0);
+  }
+
+ private:
+  struct alignas(kAlignment) Header {
+    size_t bytes;  // of the whole block
+  };
+
+  void* use(Header* block) {
+    const size_t used = used_ += block->bytes;
+    size_t most = most_used_;
+    while (most < used && !most_used_.compare_exchange_weak(most, used)) continue;
+    return block + 1;
+  }
+
+  // Frees the blocks that were given back first.
+  void shrink(size_t to) {
+    size_t count = 0;
+    for (; unused_ > to; ++count) {
+      unused_ -= free_[count]->bytes;
+      std::free(free_[count]);
+    }
+    free_.erase(free_.begin(), free_.begin() + int64_t(count));
+  }
+
+  std::mutex mutex_;
+  std::vector<Header*> free_;  // oldest first
+  size_t unused_ = 0;          // bytes in free_
+  std::atomic<size_t> used_{0}, most_used_{0};
+};
+
+Pool& pool() {
+  static Pool* const pool = new Pool;  // never destroyed: tensors may outlive static objects
+  return *pool;
+}
+
 }  // namespace
+
+void* take_pooled(size_t bytes) { return pool().take(bytes); }
+void give_back_pooled(void* data) { pool().give_back(data); }
+void release_pool() { pool().release(); }
 
 void prefer_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
@@ -46,12 +136,9 @@ void* workspace(int slot, size_t bytes) {
   if (block.bytes < bytes) {
     std::free(block.data);
     block = Block{};
-    const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
-    const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
-    block.data = std::aligned_alloc(alignment, rounded);
-    if (!block.data) throw std::bad_alloc();
-    block.bytes = rounded;
-    if (rounded >= kWorthHugePages) prefer_huge_pages(block.data, rounded);
+    size_t size = bytes;
+    block.data = allocate(size);
+    block.bytes = size;
   }
   poison(block.data, bytes);
   return block.data;

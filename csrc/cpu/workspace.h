@@ -15,6 +15,14 @@ constexpr size_t kAlignment = 128;
 // At least `bytes` of uninitialised memory, valid until this thread's next call with the same slot.
 void* workspace(int slot, size_t bytes);
 
+// Memory for large tensors, uninitialised, from blocks that were given back before: what backward needs is as large in
+// every training step, and its first touch takes as long as much of the step. What lies unused is kept only as long as
+// it and what is in use together stay below the most that ever was in use; `release_pool` frees it.
+void* take_pooled(size_t bytes);
+void give_back_pooled(void* data);
+RNNKERN_API void release_pool();
+constexpr size_t kWorthPooling = size_t(1) << 20;
+
 // Asks for huge pages below a fresh allocation: first touch is then ten times cheaper.
 void prefer_huge_pages(void* data, size_t bytes);
 constexpr size_t kWorthHugePages = size_t(2) << 20;
