@@ -112,26 +112,46 @@ RNNKERN_FN void gemm_rows(int rows, const RowOperand<T>& A, int64_t m, const Pac
   }
 }
 
-// Blocks in groups of kBlocks (then halves of that), rows in balanced tiles of at most kMaxRows.
-template <class T, bool kUnitInner, int kMaxRows, int kBlocks, int kVectors, int kWidth>
-void gemm_shape(int64_t rows, int64_t block, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P,
-                const Panel<T>& C) {
-  static_assert(kWidth % (kVectors * Vec<T>::kLanes) == 0, "a block is a whole number of passes");
-  const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
-  for (; block + kBlocks <= blocks; block += kBlocks) {
+// Rows of a tile of `vectors` vectors a row: as many accumulators as leave registers for the operands.
+constexpr int tile_rows(int vectors) {
+  if (kRegisters < 32) return vectors <= 2 ? 6 : vectors == 3 ? 4 : vectors == 4 ? 3 : vectors <= 6 ? 2 : 1;
+  return vectors <= 2    ? 13
+         : vectors == 3  ? 8
+         : vectors == 4  ? 6
+         : vectors <= 6  ? 4
+         : vectors <= 8  ? 3
+         : vectors <= 12 ? 2
+                         : 1;
+}
+
+// `count` blocks from `block` on, rows in balanced tiles.
+template <class T, bool kUnitInner, int kBlocks, int kVectors, int kWidth>
+RNNKERN_FN void gemm_blocks(int64_t count, int64_t rows, int64_t block, const RowOperand<T>& A,
+                            const PackedOperand<T>& P, const Panel<T>& C) {
+  if constexpr (kBlocks >= 1) {
+    if (count < kBlocks) return gemm_blocks<T, kUnitInner, kBlocks - 1, kVectors, kWidth>(count, rows, block, A, P, C);
+    constexpr int kMaxRows = tile_rows(kBlocks * kVectors);
+    const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
     for (int vector = 0; vector < kWidth / Vec<T>::kLanes; vector += kVectors) {
       int64_t m = 0;
       for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t count = (rows - m + tiles - i - 1) / (tiles - i);
-        gemm_rows<T, kUnitInner, kMaxRows, kBlocks, kVectors, kWidth>(int(count), A, m, P, block, vector, C);
-        m += count;
+        const int64_t size = (rows - m + tiles - i - 1) / (tiles - i);
+        gemm_rows<T, kUnitInner, kMaxRows, kBlocks, kVectors, kWidth>(int(size), A, m, P, block, vector, C);
+        m += size;
       }
     }
   }
-  if constexpr (kBlocks > 1) {
-    if (block < blocks) {
-      gemm_shape<T, kUnitInner, kMaxRows, kBlocks / 2, kVectors, kWidth>(rows, block, blocks, A, P, C);
-    }
+}
+
+// Blocks in balanced groups of at most kMaxBlocks, each in passes of kVectors vectors.
+template <class T, bool kUnitInner, int kMaxBlocks, int kVectors, int kWidth>
+void gemm_shape(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P, const Panel<T>& C) {
+  static_assert(kWidth % (kVectors * Vec<T>::kLanes) == 0, "a block is a whole number of passes");
+  const int64_t groups = (blocks + kMaxBlocks - 1) / kMaxBlocks;
+  for (int64_t i = 0, block = 0; i < groups; ++i) {
+    const int64_t count = (blocks - block + groups - i - 1) / (groups - i);
+    gemm_blocks<T, kUnitInner, kMaxBlocks, kVectors, kWidth>(count, rows, block, A, P, C);
+    block += count;
   }
 }
 
@@ -139,35 +159,34 @@ template <class T, int kGates>
 void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P, const Panel<T>& C) {
   constexpr int kWidth = kBlock * kGates, kVectors = kWidth / Vec<T>::kLanes;
   if (rows == 0) return;
-#define RNNKERN_SHAPE(max_rows, block_count, vectors) \
-  gemm_shape<T, true, max_rows, block_count, vectors, kWidth>(rows, 0, blocks, A, P, C)
+#define RNNKERN_SHAPE(max_blocks, vectors) gemm_shape<T, true, max_blocks, vectors, kWidth>(rows, blocks, A, P, C)
   if constexpr (kRegisters >= 32) {
     if constexpr (kVectors % 4 == 0) {
-      if (rows == 1) return RNNKERN_SHAPE(1, 4, 4);
-      if (rows <= 3) return RNNKERN_SHAPE(3, 2, 4);
-      if (rows <= 6) return RNNKERN_SHAPE(6, 1, 4);
-      return RNNKERN_SHAPE(13, 1, 2);
+      if (rows == 1) return RNNKERN_SHAPE(4, 4);
+      if (rows <= 3) return RNNKERN_SHAPE(2, 4);
+      if (rows <= 6) return RNNKERN_SHAPE(1, 4);
+      return RNNKERN_SHAPE(1, 2);
     } else if constexpr (kVectors % 3 == 0) {
-      if (rows <= 2) return RNNKERN_SHAPE(2, 4, 3);
-      if (rows <= 4) return RNNKERN_SHAPE(4, 2, 3);
-      return RNNKERN_SHAPE(8, 1, 3);
+      if (rows <= 2) return RNNKERN_SHAPE(4, 3);
+      if (rows <= 4) return RNNKERN_SHAPE(2, 3);
+      return RNNKERN_SHAPE(1, 3);
     } else if constexpr (kVectors == 2) {
-      if (rows <= 3) return RNNKERN_SHAPE(3, 4, 2);
-      return RNNKERN_SHAPE(6, 2, 2);
+      if (rows <= 3) return RNNKERN_SHAPE(4, 2);
+      return RNNKERN_SHAPE(2, 2);
     } else {
-      if (rows <= 3) return RNNKERN_SHAPE(3, 8, 1);
-      return RNNKERN_SHAPE(6, 4, 1);
+      if (rows <= 3) return RNNKERN_SHAPE(8, 1);
+      return RNNKERN_SHAPE(4, 1);
     }
   } else {
     if constexpr (kVectors % 3 == 0) {
-      if (rows <= 2) return RNNKERN_SHAPE(2, 1, 6);
-      return RNNKERN_SHAPE(4, 1, 3);
+      if (rows <= 2) return RNNKERN_SHAPE(1, 6);
+      return RNNKERN_SHAPE(1, 3);
     } else if constexpr (kVectors % 4 == 0) {
-      if (rows <= 3) return RNNKERN_SHAPE(3, 1, 4);
-      return RNNKERN_SHAPE(6, 1, 2);
+      if (rows <= 3) return RNNKERN_SHAPE(1, 4);
+      return RNNKERN_SHAPE(1, 2);
     } else {
-      if (rows <= 3) return RNNKERN_SHAPE(3, 2, 2);
-      return RNNKERN_SHAPE(6, 1, 2);
+      if (rows <= 3) return RNNKERN_SHAPE(2, 2);
+      return RNNKERN_SHAPE(1, 2);
     }
   }
 #undef RNNKERN_SHAPE
@@ -179,9 +198,9 @@ void gemm_transposed(int64_t rows, int64_t blocks, const RowOperand<T>& A, const
                      const Panel<T>& C) {
   constexpr int kVectors = kBlock / Vec<T>::kLanes;
   if constexpr (kRegisters >= 32) {
-    gemm_shape<T, false, 8, kVectors == 1 ? 2 : 1, kVectors, kBlock>(rows, 0, blocks, A, P, C);
+    gemm_shape<T, false, kVectors == 1 ? 3 : 1, kVectors, kBlock>(rows, blocks, A, P, C);
   } else {
-    gemm_shape<T, false, 6, 1, 2, kBlock>(rows, 0, blocks, A, P, C);
+    gemm_shape<T, false, 1, 2, kBlock>(rows, blocks, A, P, C);
   }
 }
 

@@ -204,11 +204,12 @@ class Backward {
     const int64_t panel_blocks = count <= 3 && plan_.steps > 1 ? kPanelBlocks : kInputPanels;
     const int64_t panels = (blocks.end - blocks.begin + panel_blocks - 1) / panel_blocks;
     for (int64_t i = 0; i < panels; ++i) {
-      const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * panel_blocks;
-      const int64_t panel = min_of(panel_blocks, blocks.end - begin);
+      const auto [begin, end] = piece(blocks, panels, step & 1 ? panels - 1 - i : i);
+      const int64_t panel = end - begin;
       const T* weights = through > 0 ? panels_of(w_hh_[d], d, true, begin, panel) : nullptr;
       for (int64_t m = 0; m < count; m += kPanelRows) {
         const int64_t panel_rows = min_of(kPanelRows, count - m);
+        for (int64_t r = m; r < min_of(m + panel_rows, alive); ++r) prefetch_row(d, t, rows.begin + r, {begin, end});
         const int64_t product_rows = max_of(int64_t(0), min_of(panel_rows, through - m));
         if (own < 0) wait();
         for (int turn = 0; turn < 2; ++turn) {
@@ -225,6 +226,22 @@ class Backward {
       }
     }
     wait();
+  }
+
+  // What pointwise will read of row m at time t, while the product is made: it comes from memory, a line per array.
+  void prefetch_row(int d, int64_t t, int64_t m, const Range& blocks) const {
+    const int64_t b = row_of(m), before = BackwardOrder{plan_, d}.before(t), end = min_of(blocks.end * kBlock, in_.H);
+    for (int64_t unit = blocks.begin * kBlock; unit < end; unit += int64_t(64 / sizeof(S))) {
+      const int64_t column = d * in_.H + unit;
+      if (grad_.dy) __builtin_prefetch(static_cast<const S*>(grad_.dy) + (t * in_.B + b) * in_.D * in_.H + column);
+      if (before >= 0 && before < in_.T) {
+        __builtin_prefetch(static_cast<const S*>(grad_.y) + (before * in_.B + b) * in_.D * in_.H + column);
+      }
+    }
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const T* kept = saved(d, t, block, b);
+      for (int64_t i = 0; i < kSavedWidth; i += int64_t(64 / sizeof(T))) __builtin_prefetch(kept + i);
+    }
   }
 
   // half_[half] = W_hh^T dgh for a panel of blocks, over the gates of one half of the units.
@@ -297,8 +314,10 @@ class Backward {
 
   // dx = W_ih^T dgx for chunk rows [rows.begin, rows.end) and column blocks [columns.begin, columns.end).
   void input_gradients(int d, const Range& rows, const Range& columns, int64_t step, int64_t steps, int64_t chunk) {
-    for (int64_t begin = columns.begin; begin < columns.end; begin += kInputPanels) {
-      const int64_t panel = min_of(kInputPanels, columns.end - begin);
+    const int64_t panels = (columns.end - columns.begin + kInputPanels - 1) / kInputPanels;
+    for (int64_t part = 0; part < panels; ++part) {
+      const auto [begin, end] = piece(columns, panels, part);
+      const int64_t panel = end - begin;
       const T* weights = panels_of(w_ih_[d], d, false, begin, panel);
       int64_t i = 0;
       for (int64_t r = rows.begin; r < rows.end; r += kPanelRows) {
@@ -315,12 +334,15 @@ class Backward {
           const int64_t t = BackwardOrder{plan_, d}.time(step + i);
           const int64_t at = (t * in_.B + row_of(row - first_row_[i])) * in_.I;
           for (int64_t block = 0; block < panel; ++block) {
-            const int64_t column = (begin + block) * kBlock, width = min_of(int64_t(kBlock), in_.I - column);
+            const int64_t column = (begin + block) * kBlock;
             const T* from = half_[0] + (block * count + row - r) * kBlock;
-            if (in_.D == 2) {
-              store_row<T>(from, dx_[d] + at + column, width);
-            } else {
-              store_row<S>(from, static_cast<S*>(grad_.dx) + at + column, width);
+            for (int j = 0; j < kBlock && column + j < in_.I; j += V::kLanes) {
+              const int lanes = int(min_of(int64_t(V::kLanes), in_.I - column - j));
+              if (in_.D == 2) {
+                store_lanes(dx_[d] + at + column + j, V::load(from + j), lanes);
+              } else {
+                store_lanes(static_cast<S*>(grad_.dx) + at + column + j, V::load(from + j), lanes);
+              }
             }
           }
         }

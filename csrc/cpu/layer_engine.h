@@ -78,10 +78,14 @@ RNNKERN_FN Range blocks_of(const LayerPlan& plan, const Share& share) {
   if (!share.unit_split) return {0, blocks};
   return {blocks * share.index / share.size, blocks * (share.index + 1) / share.size};
 }
-// An even part of [0, count) for a member, whatever the engine.
-RNNKERN_FN Range part_of(int64_t count, const Share& share) {
-  return {count * share.index / share.size, count * (share.index + 1) / share.size};
+// The i-th of `pieces` balanced pieces.
+RNNKERN_FN Range piece(const Range& whole, int64_t pieces, int64_t i) {
+  const int64_t count = whole.end - whole.begin;
+  return {whole.begin + count * i / pieces, whole.begin + count * (i + 1) / pieces};
 }
+
+// A member's piece of [0, count), whatever the engine.
+RNNKERN_FN Range part_of(int64_t count, const Share& share) { return piece({0, count}, share.size, share.index); }
 
 RNNKERN_FN int64_t rows_alive(const LayerPlan& plan, const Range& rows, int64_t t) {
   return max_of(int64_t(0), min_of(int64_t(plan.alive[t]), rows.end) - rows.begin);

@@ -95,8 +95,11 @@ class Forward {
   }
   Packed<T> packed(int d) const { return Packed<T>(plan_.packed, in_, kGates, d); }
 
-  // Unit blocks at a time: enough of them to keep the multipliers busy when rows or gates are few.
-  static int64_t panel_blocks(int64_t rows) { return rows <= 3 ? kPanelBlocks : kGates == 1 ? 4 : 1; }
+  // Panels of unit blocks: enough blocks in each to keep the multipliers busy when rows or gates are few.
+  static int64_t panels_of(const Range& blocks, int64_t rows) {
+    const int64_t width = rows <= 3 ? kPanelBlocks : kGates == 1 ? 4 : 1;
+    return (blocks.end - blocks.begin + width - 1) / width;
+  }
 
   void run_direction(int d, const Share& share) {
     const Range rows = rows_of(plan_, share), blocks = blocks_of(plan_, share);
@@ -162,8 +165,10 @@ class Forward {
       count += alive;
     }
     gx_stride_ = count * kWidth;
-    for (int64_t block = blocks.begin; block < blocks.end; block += panel_blocks(count)) {
-      const int64_t panel = min_of(panel_blocks(count), blocks.end - block);  // its weights stay in the cache
+    const int64_t panels = panels_of(blocks, count);
+    for (int64_t i = 0; i < panels; ++i) {
+      const auto [block, end] = piece(blocks, panels, i);
+      const int64_t panel = end - block;  // its weights stay in the cache
       T* gx = gx_ + (block - blocks.begin) * gx_stride_;
       const T* weights = input_weights(d, block, panel);
       const T* bias = input_bias(d, block, panel);
@@ -185,11 +190,11 @@ class Forward {
     };
     // The half whose h this member made itself can be multiplied before the others are ready.
     const int own = blocks.begin == 0 && blocks.end >= cut ? 0 : blocks.begin <= cut && blocks.end == blocks_ ? 1 : -1;
-    const int64_t width = panel_blocks(alive), panels = (blocks.end - blocks.begin + width - 1) / width;
+    const int64_t panels = panels_of(blocks, alive);
     for (int64_t i = 0; i < panels; ++i) {
       // Back and forth, so that what is left in the cache from the last step is used first.
-      const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * width;
-      const int64_t count = min_of(width, blocks.end - begin);
+      const auto [begin, end] = piece(blocks, panels, step & 1 ? panels - 1 - i : i);
+      const int64_t count = end - begin;
       const T* weights = hidden_weights(d, begin, count);
       for (int64_t m = 0; m < alive; m += kPanelRows) {
         const int64_t panel_rows = min_of(kPanelRows, alive - m);
@@ -273,9 +278,10 @@ class Forward {
   T* h_[2][2];            // [direction][step & 1]: [row][row_stride_]
   T* state_[2][kStates];  // [direction][state]: [block][row][16]; the first is unused
   T *x_, *gx_,
-      *half_[2];        // own scratch: [chunk row][x_stride_], [block][chunk row][gate][16], [panel block][panel row][gate][16]
-  int64_t* first_row_;  // [chunk step] its first chunk row
-  T *weights_, *bias_;  // what is packed as it is used, if the plan has nothing packed
+      *half_[2];           // own scratch: [chunk row][x_stride_], [block][chunk row][gate][16], [panel block][panel
+                           // row][gate][16]
+  int64_t* first_row_;     // [chunk step] its first chunk row
+  T *weights_, *bias_;     // what is packed as it is used, if the plan has nothing packed
   int64_t gx_stride_ = 0;  // elements of a block of gx_
   size_t bytes_ = 0;
 };

@@ -32,7 +32,7 @@ class WeightGradients {
   static constexpr bool kInPlace = sizeof(S) == sizeof(T);  // sums are made in the compute type
 
  public:
-  static constexpr int kPanel = 2;  // column blocks at a time
+  static constexpr int kPanel = 3;  // column blocks at a time
 
   WeightGradients(const LayerPlan& plan, const LayerGradients& grad) : plan_(plan), in_(*plan.in), grad_(grad) {}
 
@@ -72,9 +72,11 @@ class WeightGradients {
       }
     }
     for (const bool hidden : {true, false}) {
-      const int64_t width = hidden ? in_.H : in_.I, panels = blocks_of(width);
-      for (int64_t panel = 0; panel < panels; panel += kPanel) {
-        const int64_t count = min_of(int64_t(kPanel), panels - panel);
+      const int64_t width = hidden ? in_.H : in_.I, column_blocks = blocks_of(width);
+      const int64_t panels = (column_blocks + kPanel - 1) / kPanel;
+      for (int64_t part = 0; part < panels; ++part) {
+        const auto [panel, end] = piece({0, column_blocks}, panels, part);
+        const int64_t count = end - panel;
         for (int64_t i = 0; i < count; ++i) {
           gather_columns(d, hidden, steps, (panel + i) * kBlock, columns + i * rows * kBlock);
         }
@@ -161,6 +163,7 @@ class WeightGradients {
         for (int j = 0; j < kBlock; j += V::kLanes) {
           const int lanes = int(min_of(int64_t(V::kLanes), width - column - j));
           (lanes > 0 ? load_lanes(from + column + j, lanes) : V(T(0))).store(to + j);
+          if (column + j + kPanel * kBlock < width) __builtin_prefetch(from + column + j + kPanel * kBlock);
         }
       }
     }
