@@ -318,9 +318,9 @@ class Backward {
             const int64_t column = (begin + block) * kBlock, width = min_of(int64_t(kBlock), in_.I - column);
             const T* from = half_[0] + (block * count + row - r) * kBlock;
             if (in_.D == 2) {
-              store_row<T>(from, dx_[d] + at + column, width);
+              convert_row(from, dx_[d] + at + column, width);
             } else {
-              store_row<S>(from, static_cast<S*>(grad_.dx) + at + column, width);
+              convert_row(from, static_cast<S*>(grad_.dx) + at + column, width);
             }
           }
         }
@@ -338,7 +338,10 @@ class Backward {
         if (t >= n) {
           memset(dx, 0, size_t(in_.I) * sizeof(S));
         } else if (in_.D == 2) {
-          for (int64_t k = 0; k < in_.I; ++k) dx[k] = to_storage<S>(dx_[0][at + k] + dx_[1][at + k]);
+          for (int64_t k = 0; k < in_.I; k += V::kLanes) {
+            const int lanes = int(min_of(int64_t(V::kLanes), in_.I - k));
+            store_lanes(dx + k, load_lanes(dx_[0] + at + k, lanes) + load_lanes(dx_[1] + at + k, lanes), lanes);
+          }
         }
       }
     }
