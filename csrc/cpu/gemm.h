@@ -4,8 +4,8 @@
 // and every number of rows. A tile keeps Rows x Blocks x Vectors accumulators in registers and streams P once per row
 // tile; at least 8 accumulators (latency 4, two per cycle), better 12 to 26, hide the multiply-add's latency.
 //
-// A, P and C may differ in type (operands.h). Where a multiply-add takes kTerms = 2 of k, P is [block][k/2][width][2], and
-// what follows holds for pairs.
+// C is of the compute type of A and P (operands.h). Where a multiply-add takes kTerms = 2 of k, P is
+// [block][k/2][width][2], and what follows holds for pairs.
 //
 // Every element of C is one chain of fused multiply-adds over k in order, starting from zero (or the bias): the result
 // does not depend on the tile, the number of rows or the width of a vector.
@@ -47,8 +47,8 @@ struct Panel {
 };
 
 // kUnitInner: the operand's inner stride is 1, else its row stride is 1 (A transposed, for weight gradients).
-template <class T, class W, bool kUnitInner, int kRows, int kBlocks, int kVectors, int kWidth>
-void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<W>& P, int64_t block, int vector,
+template <class T, bool kUnitInner, int kRows, int kBlocks, int kVectors, int kWidth>
+void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<T>& P, int64_t block, int vector,
                const Panel<Compute<T>>& C) {
   using V = Vec<Compute<T>>;
   V sum[kRows][kBlocks][kVectors];
@@ -59,11 +59,10 @@ void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<W>& P, int
     for (int b = 0; b < kBlocks; ++b) {
       RNNKERN_UNROLL
       for (int v = 0; v < kVectors; ++v)
-        sum[i][b][v] =
-            C.start == Start::bias ? V::load(C.bias + (block + b) * kWidth + column + v * V::kLanes) : V(0);
+        sum[i][b][v] = C.start == Start::bias ? V::load(C.bias + (block + b) * kWidth + column + v * V::kLanes) : V(0);
     }
   }
-  const W* p = P.p + block * P.block_stride + column * kTerms<T>;
+  const T* p = P.p + block * P.block_stride + column * kTerms<T>;
   for (int outer = 0; outer < A.outers; ++outer) {
     for (int group = 0; group < A.groups; ++group) {
       const T* a = A.a + outer * A.outer_stride + group * A.group_stride + m * (kUnitInner ? A.row : 1);
@@ -105,21 +104,21 @@ void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<W>& P, int
   }
 }
 
-template <class T, class W, bool kUnitInner, int kMaxRows, int kBlocks, int kVectors, int kWidth>
-RNNKERN_FN void gemm_rows(int rows, const RowOperand<T>& A, int64_t m, const PackedOperand<W>& P, int64_t block,
+template <class T, bool kUnitInner, int kMaxRows, int kBlocks, int kVectors, int kWidth>
+RNNKERN_FN void gemm_rows(int rows, const RowOperand<T>& A, int64_t m, const PackedOperand<T>& P, int64_t block,
                           int vector, const Panel<Compute<T>>& C) {
   if constexpr (kMaxRows >= 1) {
     if (rows == kMaxRows) {
-      gemm_tile<T, W, kUnitInner, kMaxRows, kBlocks, kVectors, kWidth>(A, m, P, block, vector, C);
+      gemm_tile<T, kUnitInner, kMaxRows, kBlocks, kVectors, kWidth>(A, m, P, block, vector, C);
     } else {
-      gemm_rows<T, W, kUnitInner, kMaxRows - 1, kBlocks, kVectors, kWidth>(rows, A, m, P, block, vector, C);
+      gemm_rows<T, kUnitInner, kMaxRows - 1, kBlocks, kVectors, kWidth>(rows, A, m, P, block, vector, C);
     }
   }
 }
 
 // Blocks in groups of kBlocks (then halves of that), rows in balanced tiles of at most kMaxRows.
-template <class T, class W, bool kUnitInner, int kMaxRows, int kBlocks, int kVectors, int kWidth>
-void gemm_shape(int64_t rows, int64_t block, int64_t blocks, const RowOperand<T>& A, const PackedOperand<W>& P,
+template <class T, bool kUnitInner, int kMaxRows, int kBlocks, int kVectors, int kWidth>
+void gemm_shape(int64_t rows, int64_t block, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P,
                 const Panel<Compute<T>>& C) {
   constexpr int kLanes = Vec<Compute<T>>::kLanes;
   static_assert(kWidth % (kVectors * kLanes) == 0, "a block is a whole number of passes");
@@ -129,25 +128,24 @@ void gemm_shape(int64_t rows, int64_t block, int64_t blocks, const RowOperand<T>
       int64_t m = 0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t count = (rows - m + tiles - i - 1) / (tiles - i);
-        gemm_rows<T, W, kUnitInner, kMaxRows, kBlocks, kVectors, kWidth>(int(count), A, m, P, block, vector, C);
+        gemm_rows<T, kUnitInner, kMaxRows, kBlocks, kVectors, kWidth>(int(count), A, m, P, block, vector, C);
         m += count;
       }
     }
   }
   if constexpr (kBlocks > 1) {
     if (block < blocks) {
-      gemm_shape<T, W, kUnitInner, kMaxRows, kBlocks / 2, kVectors, kWidth>(rows, block, blocks, A, P, C);
+      gemm_shape<T, kUnitInner, kMaxRows, kBlocks / 2, kVectors, kWidth>(rows, block, blocks, A, P, C);
     }
   }
 }
 
-template <class T, int kGates, class W = T>
-void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<W>& P,
-          const Panel<Compute<T>>& C) {
+template <class T, int kGates>
+void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P, const Panel<Compute<T>>& C) {
   constexpr int kWidth = kBlock * kGates, kVectors = kWidth / Vec<Compute<T>>::kLanes;
   if (rows == 0) return;
 #define RNNKERN_SHAPE(max_rows, block_count, vectors) \
-  gemm_shape<T, W, true, max_rows, block_count, vectors, kWidth>(rows, 0, blocks, A, P, C)
+  gemm_shape<T, true, max_rows, block_count, vectors, kWidth>(rows, 0, blocks, A, P, C)
   if constexpr (kRegisters >= 32) {
     if constexpr (kVectors % 4 == 0) {
       if (rows == 1) return RNNKERN_SHAPE(1, 4, 4);
@@ -186,9 +184,9 @@ void gemm_transposed(int64_t rows, int64_t blocks, const RowOperand<T>& A, const
                      const Panel<T>& C) {
   constexpr int kVectors = kBlock / Vec<T>::kLanes;
   if constexpr (kRegisters >= 32) {
-    gemm_shape<T, T, false, 8, kVectors == 1 ? 2 : 1, kVectors, kBlock>(rows, 0, blocks, A, P, C);
+    gemm_shape<T, false, 8, kVectors == 1 ? 2 : 1, kVectors, kBlock>(rows, 0, blocks, A, P, C);
   } else {
-    gemm_shape<T, T, false, 6, 1, 2, kBlock>(rows, 0, blocks, A, P, C);
+    gemm_shape<T, false, 6, 1, 2, kBlock>(rows, 0, blocks, A, P, C);
   }
 }
 

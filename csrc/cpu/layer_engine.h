@@ -96,21 +96,20 @@ RNNKERN_FN void wait_for_others(const LayerPlan& plan, const Share& share, int64
   }
 }
 
-// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16] (or as pairs along
-// k, see gemm.h), both biases [block][G][16]. Units past H are zero.
+// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16] (or as pairs
+// along k, see gemm.h), both biases [block][G][16]. Units past H are zero.
 template <class S>
 struct Packed {
-  using Row = typename Operands<S>::Row;
-  using Weight = typename Operands<S>::Weight;
+  using A = Element<S>;
   using T = Compute<S>;
-  Weight *w_ih, *w_hh;
+  A *w_ih, *w_hh;
   T *b_ih, *b_hh;
   int64_t size;  // elements of T
   RNNKERN_FN Packed(void* base, const LayerInputs& in, int gates, int d) {
     const int64_t width = blocks_of(in.H) * gates * kBlock;
-    const int64_t inputs = width * padded<Row>(in.I), hidden = width * padded<Row>(in.H);
-    size = (inputs + hidden) * int64_t(sizeof(Weight)) / int64_t(sizeof(T)) + 2 * width;
-    w_ih = reinterpret_cast<Weight*>(static_cast<T*>(base) + d * size);
+    const int64_t inputs = width * padded<A>(in.I), hidden = width * padded<A>(in.H);
+    size = (inputs + hidden) * int64_t(sizeof(A)) / int64_t(sizeof(T)) + 2 * width;
+    w_ih = reinterpret_cast<A*>(static_cast<T*>(base) + d * size);
     w_hh = w_ih + inputs;
     b_ih = reinterpret_cast<T*>(w_hh + hidden);
     b_hh = b_ih + width;
@@ -157,16 +156,16 @@ RNNKERN_FN void transpose(Vec<T> (&rows)[Vec<T>::kLanes]) {
 
 // from: S [G*H, K] -> to: [block][K][G][16], or pairs along K, for one block.
 template <class S>
-void pack_block(const S* from, typename Operands<S>::Weight* to, int gates, int64_t H, int64_t K, int64_t block) {
+void pack_block(const S* from, Element<S>* to, int gates, int64_t H, int64_t K, int64_t block) {
   using V = Vec<Compute<S>>;
-  constexpr int L = V::kLanes, kPer = kTerms<typename Operands<S>::Row>;
+  constexpr int L = V::kLanes, kPer = kTerms<Element<S>>;
   const int64_t units = min_of(int64_t(kBlock), H - block * kBlock), width = gates * kBlock;
   for (int g = 0; g < gates; ++g) {
     for (int64_t j = 0; j < kBlock; j += L) {
       const S* const row = from + (g * H + block * kBlock + j) * K;
       for (int64_t k = 0; k < K; k += L * kPer) {  // innermost: as many streams as lanes, each read in order
         const int count = int(min_of(int64_t(L * kPer), K - k));
-        typename Operands<S>::Weight* column = to + k * width + (g * kBlock + j) * kPer;
+        Element<S>* column = to + k * width + (g * kBlock + j) * kPer;
         V rows[L];
         if (count == L * kPer && j + L <= units) {
           RNNKERN_UNROLL
@@ -202,14 +201,14 @@ int64_t packed_size(const LayerInputs& in) {
 }
 template <class Cell, class S>
 void pack_layer_blocks(const LayerInputs& in, int d, int64_t begin, int64_t end, void* packed) {
-  using Row = typename Operands<S>::Row;
+  using A = Element<S>;
   const Packed<S> to(packed, in, Cell::kGates, d);
   const LayerWeights& from = in.weights[d];
   constexpr int64_t kWidth = Cell::kGates * kBlock;
   for (int64_t block = begin; block < end; ++block) {
-    pack_block(static_cast<const S*>(from.w_ih), to.w_ih + block * padded<Row>(in.I) * kWidth, Cell::kGates, in.H, in.I,
+    pack_block(static_cast<const S*>(from.w_ih), to.w_ih + block * padded<A>(in.I) * kWidth, Cell::kGates, in.H, in.I,
                block);
-    pack_block(static_cast<const S*>(from.w_hh), to.w_hh + block * padded<Row>(in.H) * kWidth, Cell::kGates, in.H, in.H,
+    pack_block(static_cast<const S*>(from.w_hh), to.w_hh + block * padded<A>(in.H) * kWidth, Cell::kGates, in.H, in.H,
                block);
     pack_bias_block(static_cast<const S*>(from.b_ih), to.b_ih + block * kWidth, Cell::kGates, in.H, block);
     pack_bias_block(static_cast<const S*>(from.b_hh), to.b_hh + block * kWidth, Cell::kGates, in.H, block);

@@ -13,8 +13,7 @@ template <class Cell, class S>
 class Forward {
   using T = Compute<S>;
   using V = Vec<T>;
-  using Row = typename Operands<S>::Row;  // of x and h, as the products read them
-  using Weight = typename Operands<S>::Weight;
+  using A = Element<S>;  // of x, h and weights, as the products read them
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   static constexpr int kWidth = kGates * kBlock;
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
@@ -36,28 +35,27 @@ class Forward {
         in_(*plan.in),
         out_(out),
         blocks_(blocks_of(plan.in->H)),
-        inputs_(padded<Row>(plan.in->I)),
-        hidden_(padded<Row>(plan.in->H)) {
+        inputs_(padded<A>(plan.in->I)),
+        hidden_(padded<A>(plan.in->H)) {
     Arena arena(workspace);
     row_stride_ = blocks_ * kBlock + kBlock;  // whole cache lines, and seldom a power of two
     for (int d = 0; d < in_.D; ++d) {
-      for (Row*& h : h_[d]) h = arena.take<Row>(size_t(in_.B * row_stride_));
+      for (A*& h : h_[d]) h = arena.take<A>(size_t(in_.B * row_stride_));
       for (int s = 1; s < kStates; ++s) state_[d][s] = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
     }
     // Steps whose inputs are projected together: enough rows to stream the weights as fast as they are multiplied.
-    const bool beyond_cache = in_.H * in_.I * kGates * int64_t(sizeof(Weight)) > int64_t(4) << 20;
+    const bool beyond_cache = in_.H * in_.I * kGates * int64_t(sizeof(A)) > int64_t(4) << 20;
     const int64_t rows = in_.B > kBatchSplitRows * plan.members ? in_.B / plan.members : in_.B;
     chunk_ = max_of(int64_t(1), min_of(plan.steps, (beyond_cache ? 384 : 128) / max_of(int64_t(1), rows)));
     const int64_t chunk_rows = chunk_ * in_.B;  // a member may have all rows of a step
     for (int i = 0; i < plan.members; ++i) {
-      Row* x = arena.take<Row>(size_t(chunk_rows * inputs_));
+      A* x = arena.take<A>(size_t(chunk_rows * inputs_));
       T* gx = arena.take<T>(size_t(blocks_ * chunk_rows * kWidth));
       T* half0 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
       T* bias = arena.take<T>(kPanelBlocks * kWidth);
-      Weight* weights =
-          arena.take<Weight>(size_t(plan.packed ? 0 : kPanelBlocks * max_of(inputs_, hidden_) * kWidth));
+      A* weights = arena.take<A>(size_t(plan.packed ? 0 : kPanelBlocks * max_of(inputs_, hidden_) * kWidth));
       if (i == member) {
         bias_ = bias;
         weights_ = weights;
@@ -76,10 +74,10 @@ class Forward {
 
   // Weights and biases of unit blocks, [block][k][gate][16] and [block][gate][16]: from the packed ones, or packed now,
   // and then valid until the next are asked for.
-  const Weight* input_weights(int d, int64_t block, int64_t count) {
+  const A* input_weights(int d, int64_t block, int64_t count) {
     return plan_.packed ? packed(d).w_ih + block * inputs_ * kWidth : pack(in_.weights[d].w_ih, in_.I, block, count);
   }
-  const Weight* hidden_weights(int d, int64_t block, int64_t count) {
+  const A* hidden_weights(int d, int64_t block, int64_t count) {
     return plan_.packed ? packed(d).w_hh + block * hidden_ * kWidth : pack(in_.weights[d].w_hh, in_.H, block, count);
   }
   const T* input_bias(int d, int64_t block, int64_t count) {
@@ -88,9 +86,9 @@ class Forward {
   const T* hidden_bias(int d, int64_t block, int64_t count) {
     return plan_.packed ? packed(d).b_hh + block * kWidth : pack_bias(in_.weights[d].b_hh, block, count);
   }
-  const Weight* pack(const void* from, int64_t K, int64_t block, int64_t count) {
+  const A* pack(const void* from, int64_t K, int64_t block, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      pack_block(static_cast<const S*>(from), weights_ + i * padded<Row>(K) * kWidth, kGates, in_.H, K, block + i);
+      pack_block(static_cast<const S*>(from), weights_ + i * padded<A>(K) * kWidth, kGates, in_.H, K, block + i);
     }
     return weights_;
   }
@@ -130,13 +128,13 @@ class Forward {
       const bool fresh = d == 0 && reset_at(in_, 0, b);
       // Rows that the reverse direction starts later may read either buffer first.
       for (int i = 0; i < (plan_.length[m] < plan_.steps ? 2 : 1); ++i) {
-        Row* h = h_[d][i] + m * row_stride_ + unit;
+        A* h = h_[d][i] + m * row_stride_ + unit;
         if (fresh) {
-          memset(h, 0, size_t(units) * sizeof(Row));
+          memset(h, 0, size_t(units) * sizeof(A));
         } else {
           convert_row(h0, h, units);
         }
-        if (blocks.end == blocks_) memset(h + units, 0, size_t(hidden_ - H) * sizeof(Row));
+        if (unit + units == H) memset(h + units, 0, size_t(hidden_ - H) * sizeof(A));
       }
       for (int s = 1; s < kStates; ++s) {
         const T* c0 = static_cast<const T*>(in_.c0) + from;
@@ -165,9 +163,9 @@ class Forward {
       first_row_[i] = count;
       for (int64_t m = 0; m < alive; ++m) {
         const S* x = static_cast<const S*>(in_.x) + t * in_.x_time + row_of(rows.begin + m) * in_.x_batch;
-        Row* row = x_ + (count + m) * inputs_;
+        A* row = x_ + (count + m) * inputs_;
         convert_row(x, row, in_.I);
-        memset(row + in_.I, 0, size_t(inputs_ - in_.I) * sizeof(Row));
+        memset(row + in_.I, 0, size_t(inputs_ - in_.I) * sizeof(A));
       }
       count += alive;
     }
@@ -175,19 +173,19 @@ class Forward {
     for (int64_t block = blocks.begin; block < blocks.end; block += panel_blocks(count)) {
       const int64_t panel = min_of(panel_blocks(count), blocks.end - block);  // its weights stay in the cache
       T* gx = gx_ + (block - blocks.begin) * gx_stride_;
-      const Weight* weights = input_weights(d, block, panel);
+      const A* weights = input_weights(d, block, panel);
       const T* bias = input_bias(d, block, panel);
       for (int64_t k = 0; k < inputs_ || k == 0; k += kRun) {
-        gemm<Row, kGates, Weight>(count, panel, {x_ + k, inputs_, int(min_of(kRun, inputs_ - k))},
-                                  {weights + k * kWidth, inputs_ * kWidth},
-                                  {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
+        gemm<A, kGates>(count, panel, {x_ + k, inputs_, int(min_of(kRun, inputs_ - k))},
+                        {weights + k * kWidth, inputs_ * kWidth},
+                        {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
       }
     }
   }
 
   void run_step(int d, const Share& share, const Range& rows, const Range& blocks, int64_t step, int64_t chunk_row) {
     const int64_t t = time_of(d, step), alive = rows_alive(plan_, rows, t), cut = half_cut(blocks_);
-    const Row* h = h_[d][step & 1] + rows.begin * row_stride_;
+    const A* h = h_[d][step & 1] + rows.begin * row_stride_;
     bool waited = !share.unit_split;
     const auto wait = [&] {
       if (!waited) wait_for_others(plan_, share, step + 1);
@@ -200,7 +198,7 @@ class Forward {
       // Back and forth, so that what is left in the cache from the last step is used first.
       const int64_t begin = blocks.begin + (step & 1 ? panels - 1 - i : i) * width;
       const int64_t count = min_of(width, blocks.end - begin);
-      const Weight* weights = hidden_weights(d, begin, count);
+      const A* weights = hidden_weights(d, begin, count);
       for (int64_t m = 0; m < alive; m += kPanelRows) {
         const int64_t panel_rows = min_of(kPanelRows, alive - m);
         if (own < 0) wait();
@@ -219,13 +217,13 @@ class Forward {
   }
 
   // half_[half] = W_hh h over the units of one half.
-  void multiply(const Weight* weights, const Row* h, int64_t rows, int64_t blocks, int half) {
+  void multiply(const A* weights, const A* h, int64_t rows, int64_t blocks, int half) {
     const int64_t cut = half_cut(blocks_) * kBlock;
     const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : hidden_, block_stride = hidden_ * kWidth;
     for (int64_t k = first; k < last || k == first; k += kRun) {
-      gemm<Row, kGates, Weight>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
-                                {weights + k * kWidth, block_stride},
-                                {half_[half], rows * kWidth, kWidth, k == first ? Start::zero : Start::add});
+      gemm<A, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
+                      {weights + k * kWidth, block_stride},
+                      {half_[half], rows * kWidth, kWidth, k == first ? Start::zero : Start::add});
     }
   }
 
@@ -233,8 +231,8 @@ class Forward {
   void pointwise(int d, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block, int64_t panel,
                  const T* gx_rows) {
     const int64_t H = in_.H, unit = block * kBlock;
-    const Row* h = h_[d][step & 1] + unit;
-    Row* h_next = h_[d][~step & 1] + unit;
+    const A* h = h_[d][step & 1] + unit;
+    A* h_next = h_[d][~step & 1] + unit;
     const T* bias = hidden_bias(d, block, 1);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t m = row + i, b = row_of(m), n = plan_.length[m];
@@ -260,8 +258,8 @@ class Forward {
         for (int s = 1; s < kStates; ++s) state[s] = V::load(state_[d][s] + (block * in_.B + m) * kBlock + j);
         Cell::forward(gx, gh, state, next, saved);
         next[0] = store_lanes(static_cast<S*>(out_.y) + out_at + j, next[0], lanes);
-        // Past H zeros, where products in pairs may read one more: an infinite input leaves anything there.
-        const V h_value = kTerms<Row> > 1 ? next[0].first(lanes) : next[0];
+        // Products in pairs may read one unit past H, where an infinite input leaves anything.
+        const V h_value = kTerms<A> > 1 ? next[0].first(lanes) : next[0];
         store_lanes(h_next + m * row_stride_ + j, fresh ? V(T(0)) : h_value, V::kLanes);
         if (last) store_lanes(static_cast<S*>(out_.h_n) + final_at + j, next[0], lanes);
         for (int s = 1; s < kStates; ++s) {
@@ -282,13 +280,13 @@ class Forward {
   const LayerOutputs& out_;
   const int64_t blocks_, inputs_, hidden_;  // inputs_ and hidden_: I and H as the products see them
   int64_t row_stride_, chunk_;
-  Row* h_[2][2];          // [direction][step & 1]: [row][row_stride_]
+  A* h_[2][2];            // [direction][step & 1]: [row][row_stride_]
   T* state_[2][kStates];  // [direction][state]: [block][row][16]; the first is unused
   // Own scratch: [chunk row][I], [block][chunk row][gate][16], [panel block][panel row][gate][16].
-  Row* x_;
+  A* x_;
   T *gx_, *half_[2];
   int64_t* first_row_;  // [chunk step] its first chunk row
-  Weight* weights_;     // what is packed as it is used, if the plan has nothing packed; so the next
+  A* weights_;          // what is packed as it is used, if the plan has nothing packed; so the next
   T* bias_;
   int64_t gx_stride_ = 0;  // elements of a block of gx_
   size_t bytes_ = 0;

@@ -1,9 +1,9 @@
-// What products multiply: rows of x or h, and packed weights, each in a type of its own; sums are in Compute<S>.
+// What products multiply: elements of rows of x or h, and of packed weights; sums are in Compute<S>.
 //
-//   storage S               rows      packed weights
-//   float, double           S         S
-//   Bfloat16, Float16       float     float
-//   Bfloat16 (avx512bf16)   Bfloat16  Bfloat16, in pairs along k: one instruction multiplies and adds two terms of k
+//   storage S               element
+//   float, double           S
+//   Bfloat16, Float16       float
+//   Bfloat16 (avx512bf16)   Bfloat16, weights in pairs along k: one instruction multiplies and adds two terms of k
 #pragma once
 
 #include "cpu/convert.h"
@@ -11,24 +11,24 @@
 namespace rnnkern::RNNKERN_ISA {
 
 template <class S>
-struct Operands {
-  using Row = Compute<S>;
-  using Weight = Compute<S>;
+struct ElementOf {
+  using type = Compute<S>;
 };
 #ifdef __AVX512BF16__
 template <>
-struct Operands<Bfloat16> {
-  using Row = Bfloat16;
-  using Weight = Bfloat16;
+struct ElementOf<Bfloat16> {
+  using type = Bfloat16;
 };
 #endif
+template <class S>
+using Element = typename ElementOf<S>::type;
 
 template <class A>
-constexpr int kTerms = 1;  // of k, that a multiply-add of rows of A takes
+constexpr int kTerms = 1;  // of k, in a multiply-add
 template <>
 inline constexpr int kTerms<Bfloat16> = 2;
 
-// Sizes along k of rows of A and of their weights; what is added is zero in both.
+// The size along k of rows of A and of packed weights; what it exceeds k by is zero in both.
 template <class A>
 RNNKERN_FN int64_t padded(int64_t k) {
   return (k + kTerms<A> - 1) / kTerms<A> * kTerms<A>;
@@ -39,10 +39,7 @@ template <class A>
 struct Factor {
   Vec<A> v;
   RNNKERN_FN static Factor all(const A* p) { return {Vec<A>(*p)}; }
-  template <class W>
-  RNNKERN_FN static Factor load(const W* p) {
-    return {load_lanes(p, Vec<A>::kLanes)};
-  }
+  RNNKERN_FN static Factor load(const A* p) { return {Vec<A>::load(p)}; }
 };
 template <class A>
 RNNKERN_FN Vec<A> fma(Factor<A> a, Factor<A> b, Vec<A> c) {
@@ -71,18 +68,18 @@ RNNKERN_FN Vec<float> fma(Factor<Bfloat16> a, Factor<Bfloat16> b, Vec<float> c) 
 template <class S>
 RNNKERN_FN Vec<Compute<S>> load_for_packing(const S* p, int n) {
 #ifdef __AVX512BF16__
-  if constexpr (kTerms<typename Operands<S>::Row> == 2) {
+  if constexpr (kTerms<Element<S>> == 2) {
     return Vec<float>(_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p)));
   }
 #endif
   return load_lanes(p, n);
 }
 template <class S>
-RNNKERN_FN void store_packed(typename Operands<S>::Weight* p, Vec<Compute<S>> x) {
-  if constexpr (kTerms<typename Operands<S>::Row> == 2) {
+RNNKERN_FN void store_packed(Element<S>* p, Vec<Compute<S>> x) {
+  if constexpr (kTerms<Element<S>> == 2) {
     memcpy(p, &x.v, sizeof(x.v));
   } else {
-    store_lanes(p, x, Vec<Compute<S>>::kLanes);
+    x.store(p);
   }
 }
 
