@@ -47,7 +47,7 @@ Float16 stored<Float16>(double x) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   const uint32_t magnitude = bits & 0x7fffffff;
-  return {uint16_t(bits >> 16 & 0x8000 | (magnitude ? (magnitude >> 13) - (112 << 10) : 0))};
+  return {uint16_t((bits >> 16 & 0x8000) | (magnitude ? (magnitude >> 13) - (112 << 10) : 0))};
 }
 template <class S>
 constexpr Dtype kDtype = sizeof(S) == 8 ? Dtype::f64 : Dtype::f32;
