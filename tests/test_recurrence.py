@@ -88,6 +88,37 @@ def test_lengths_and_resets(cell: str, D: int, pattern: str, resets: bool, dtype
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=names)
+def test_rounding_of_every_value(dtype: torch.dtype, isa: str) -> None:
+    """One product per unit, exact in float32: what is left is widening and rounding, which must be torch's."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)  # every value that there is, NaNs too
+    factors = torch.linspace(1, 2, 21).to(dtype)  # a whole vector of units and a tail
+    if isa == "avx512bf16" and dtype == torch.bfloat16:  # its products take subnormal numbers for zero
+        tiny = torch.finfo(dtype).tiny
+        x = torch.where(x.float().abs() < tiny, 0, x)
+    for sign in (1, -1):  # relu gives the positive half
+        w_ih, w_hh = (sign * factors)[:, None], torch.zeros(21, 21, dtype=dtype)
+        layer = make_layer("rnn_relu", 1, len(x), 1, 21, dtype=dtype)
+        layer.x, layer.h0 = x[None, :, None], torch.zeros(1, len(x), 21, dtype=dtype)
+        layer.weights = (w_ih, w_hh, *[None] * 6)
+        expected = (x.float()[:, None] * w_ih.float()[:, 0]).relu().to(dtype)
+        torch.testing.assert_close(layer.infer()["y"][0], expected, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=names)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_infinite_input_saturates(cell: str, dtype: torch.dtype, isa: str) -> None:
+    """An odd H: nothing of what lies past it may meet the infinity."""
+    layer = make_layer(cell, 4, 3, 5, 21, dtype=dtype)
+    layer.x[1, 1, 4] = torch.inf
+    actual, expected = layer.infer(), layer.infer("eager")
+    for name, value in actual.items():
+        assert value.isfinite().all(), name
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0.02)
+
+
+@needs_kernels
 def test_very_many_steps() -> None:
     """More than 16 bits count."""
     T, B, I, H = 70_000, 2, 3, 5

@@ -30,12 +30,13 @@ def test_threads(cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, 
             assert_same_bits(layer.run("cpu"), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cell", CELLS)
-def test_the_batch_around_a_row(cell: str, isa: str) -> None:
-    layer = make_layer(cell, 7, 37, 9, 50, D=2)
+def test_the_batch_around_a_row(cell: str, dtype: torch.dtype, isa: str) -> None:
+    layer = make_layer(cell, 7, 37, 9, 51, D=2, dtype=dtype)
     whole = layer.infer()
     for begin, end in ((0, 1), (36, 37), (3, 20)):
-        part = make_layer(cell, 7, 37, 9, 50, D=2)
+        part = make_layer(cell, 7, 37, 9, 51, D=2, dtype=dtype)
         part.x, part.h0 = part.x[:, begin:end], part.h0[:, begin:end]
         part.c0 = None if part.c0 is None else part.c0[:, begin:end]
         assert_same_bits(part.infer(), {name: value[:, begin:end] for name, value in whole.items()})
@@ -115,9 +116,10 @@ def test_two_callers_at_once(count: int) -> None:
             done.result()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cell", CELLS)
-def test_training_and_inference(cell: str) -> None:
-    layer = make_layer(cell, 8, 5, 6, 20, D=2)
+def test_training_and_inference(cell: str, dtype: torch.dtype) -> None:
+    layer = make_layer(cell, 8, 5, 6, 20, D=2, dtype=dtype)
     trained, inferred = layer.run("cpu"), layer.infer()
     assert_same_bits({name: trained[name] for name in inferred}, inferred)
 
@@ -130,6 +132,19 @@ def test_packed_weights(cell: str, T: int, B: int, I: int, H: int, dtype: torch.
     expected, packs = layer.infer(), PackCache()
     for _ in range(3):  # noted, packed, used
         assert_same_bits(layer.infer(packs=packs), expected)
+    assert packs.find(0, layer.weights)[1] is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("H", [1, 33])  # at 1 the packs are of one size, whatever their layout
+def test_a_pack_of_another_instruction_set(H: int, dtype: torch.dtype) -> None:
+    layer = make_layer("gru", 1, 2, H, H, dtype=dtype)
+    packs = PackCache()
+    for name in (*ISAS, *reversed(ISAS)):
+        with instruction_set(name):
+            expected = layer.infer()
+            for _ in range(3):
+                assert_same_bits(layer.infer(packs=packs), expected)
     assert packs.find(0, layer.weights)[1] is not None
 
 

@@ -276,7 +276,7 @@ void backward(const AttentionInputs& in, const AttentionGradients& grad, const P
     for (int64_t b = 0; b < in.B; ++b) {
       for (int64_t a = 0; a < in.D; ++a) total[a] += dvectors[b * padded + a];
     }
-    store_row(total, static_cast<S*>(grad.dvector), in.D);
+    convert_row(total, static_cast<S*>(grad.dvector), in.D);
   }
 }
 

@@ -85,6 +85,81 @@ RNNKERN_FN Float16 to_storage<Float16>(float x) {
 #endif
 }
 
+// A vector of 16-bit storage, a lane to a lane of Vec<float>.
+typedef uint16_t HalfLanes __attribute__((vector_size(kVectorBytes / 2)));
+#if RNNKERN_ISA_avx512
+constexpr __mmask16 kAllLanes = 0xffff;  // GCC 12 warns of its own unmasked conversions
+#endif
+
+template <class S>
+Vec<float> widen(HalfLanes bits);
+template <>
+RNNKERN_FN Vec<float> widen<Bfloat16>(HalfLanes bits) {
+  using V = Vec<float>;
+  return V(reinterpret_cast<V::Value>(__builtin_convertvector(bits, V::IntValue) << 16));
+}
+template <>
+RNNKERN_FN Vec<float> widen<Float16>(HalfLanes bits) {
+#if RNNKERN_ISA_avx512
+  return Vec<float>(_mm512_maskz_cvtph_ps(kAllLanes, reinterpret_cast<__m256i>(bits)));
+#elif RNNKERN_ISA_avx2
+  return Vec<float>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
+#else
+  Vec<float> wide;
+  for (int i = 0; i < Vec<float>::kLanes; ++i) wide.v[i] = to_compute(Float16{bits[i]});
+  return wide;
+#endif
+}
+
+// As to_storage rounds.
+template <class S>
+HalfLanes narrow(Vec<float> x);
+template <>
+RNNKERN_FN HalfLanes narrow<Bfloat16>(Vec<float> x) {
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits bits = reinterpret_cast<Bits>(x.v);
+  const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector(x.v != x.v ? bits >> 16 | 0x40 : rounded, HalfLanes);
+}
+template <>
+RNNKERN_FN HalfLanes narrow<Float16>(Vec<float> x) {
+#if RNNKERN_ISA_avx512
+  return reinterpret_cast<HalfLanes>(_mm512_maskz_cvtps_ph(kAllLanes, x.v, _MM_FROUND_TO_NEAREST_INT));
+#elif RNNKERN_ISA_avx2
+  return reinterpret_cast<HalfLanes>(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  HalfLanes bits;
+  for (int i = 0; i < Vec<float>::kLanes; ++i) bits[i] = to_storage<Float16>(x.v[i]).bits;
+  return bits;
+#endif
+}
+
+// The first n of 16-bit lanes; those that are not loaded are zero.
+RNNKERN_FN HalfLanes load_half(const void* p, int n) {
+#if RNNKERN_ISA_avx512
+  return reinterpret_cast<HalfLanes>(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+#else
+  HalfLanes bits{};
+  if (n == Vec<float>::kLanes) {
+    memcpy(&bits, p, sizeof(bits));
+  } else {
+    memcpy(&bits, p, size_t(n) * 2);
+  }
+  return bits;
+#endif
+}
+RNNKERN_FN void store_half(void* p, HalfLanes bits, int n) {
+#if RNNKERN_ISA_avx512
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), reinterpret_cast<__m256i>(bits));
+#else
+  if (n == Vec<float>::kLanes) {
+    memcpy(p, &bits, sizeof(bits));
+  } else {
+    memcpy(p, &bits, size_t(n) * 2);
+  }
+#endif
+}
+
 // The first n lanes of a vector from memory of any storage type; the others are zero.
 template <class S>
 RNNKERN_FN Vec<Compute<S>> load_lanes(const S* p, int n) {
@@ -92,9 +167,7 @@ RNNKERN_FN Vec<Compute<S>> load_lanes(const S* p, int n) {
   if constexpr (sizeof(S) == sizeof(Compute<S>)) {
     return n == V::kLanes ? V::load(p) : V::load_n(p, n);
   } else {
-    float lanes[V::kLanes] = {};
-    for (int i = 0; i < n; ++i) lanes[i] = to_compute(p[i]);
-    return V::load(lanes);
+    return widen<S>(load_half(p, n));
   }
 }
 
@@ -110,30 +183,22 @@ RNNKERN_FN Vec<Compute<S>> store_lanes(S* p, Vec<Compute<S>> x, int n) {
     }
     return x;
   } else {
-    float lanes[V::kLanes];
-    x.store(lanes);
-    for (int i = 0; i < n; ++i) {
-      p[i] = to_storage<S>(lanes[i]);
-      lanes[i] = to_compute(p[i]);
-    }
-    return V::load(lanes);
+    const HalfLanes bits = narrow<S>(x);
+    store_half(p, bits, n);
+    return widen<S>(bits);
   }
 }
 
-template <class S>
-void load_row(const S* from, Compute<S>* to, int64_t count) {
-  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
-    if (count > 0) memcpy(to, from, size_t(count) * sizeof(S));  // an empty row may have no address
+template <class From, class To>
+void convert_row(const From* from, To* to, int64_t count) {
+  if constexpr (sizeof(From) == sizeof(To)) {
+    if (count > 0) memcpy(to, from, size_t(count) * sizeof(From));  // an empty row may have no address
   } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = to_compute(from[i]);
-  }
-}
-template <class S>
-void store_row(const Compute<S>* from, S* to, int64_t count) {
-  if constexpr (sizeof(S) == sizeof(Compute<S>)) {
-    if (count > 0) memcpy(to, from, size_t(count) * sizeof(S));  // an empty row may have no address
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = to_storage<S>(from[i]);
+    constexpr int kLanes = Vec<float>::kLanes;
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int lanes = int(min_of(int64_t(kLanes), count - i));
+      store_lanes(to + i, load_lanes(from + i, lanes), lanes);
+    }
   }
 }
 

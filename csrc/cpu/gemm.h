@@ -4,11 +4,14 @@
 // and every number of rows. A tile keeps Rows x Blocks x Vectors accumulators in registers and streams P once per row
 // tile; at least 8 accumulators (latency 4, two per cycle), better 12 to 26, hide the multiply-add's latency.
 //
+// C is of the compute type of A and P (operands.h). Where a multiply-add takes kTerms = 2 of k, P is
+// [block][k/2][width][2], and what follows holds for pairs.
+//
 // Every element of C is one chain of fused multiply-adds over k in order, starting from zero (or the bias): the result
 // does not depend on the tile, the number of rows or the width of a vector.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/operands.h"
 
 namespace rnnkern::RNNKERN_ISA {
 
@@ -46,8 +49,8 @@ struct Panel {
 // kUnitInner: the operand's inner stride is 1, else its row stride is 1 (A transposed, for weight gradients).
 template <class T, bool kUnitInner, int kRows, int kBlocks, int kVectors, int kWidth>
 void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<T>& P, int64_t block, int vector,
-               const Panel<T>& C) {
-  using V = Vec<T>;
+               const Panel<Compute<T>>& C) {
+  using V = Vec<Compute<T>>;
   V sum[kRows][kBlocks][kVectors];
   const int64_t column = int64_t(vector) * V::kLanes;
   RNNKERN_UNROLL
@@ -56,34 +59,35 @@ void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<T>& P, int
     for (int b = 0; b < kBlocks; ++b) {
       RNNKERN_UNROLL
       for (int v = 0; v < kVectors; ++v)
-        sum[i][b][v] =
-            C.start == Start::bias ? V::load(C.bias + (block + b) * kWidth + column + v * V::kLanes) : V(T(0));
+        sum[i][b][v] = C.start == Start::bias ? V::load(C.bias + (block + b) * kWidth + column + v * V::kLanes) : V(0);
     }
   }
-  const T* p = P.p + block * P.block_stride + column;
+  const T* p = P.p + block * P.block_stride + column * kTerms<T>;
   for (int outer = 0; outer < A.outers; ++outer) {
     for (int group = 0; group < A.groups; ++group) {
       const T* a = A.a + outer * A.outer_stride + group * A.group_stride + m * (kUnitInner ? A.row : 1);
       const int64_t row = kUnitInner ? A.row : 1, inner = kUnitInner ? 1 : A.inner;
 #pragma GCC unroll 2
-      for (int k = 0; k < A.run; ++k) {
-        V w[kBlocks][kVectors];
+      for (int k = 0; k < A.run; k += kTerms<T>) {
+        Factor<T> w[kBlocks][kVectors];
         RNNKERN_UNROLL
         for (int b = 0; b < kBlocks; ++b) {
           RNNKERN_UNROLL
-          for (int v = 0; v < kVectors; ++v) w[b][v] = V::load(p + b * P.block_stride + v * V::kLanes);
+          for (int v = 0; v < kVectors; ++v) {
+            w[b][v] = Factor<T>::load(p + b * P.block_stride + v * V::kLanes * kTerms<T>);
+          }
         }
         RNNKERN_UNROLL
         for (int i = 0; i < kRows; ++i) {
-          const V x(a[i * row]);
+          const Factor<T> x = Factor<T>::all(a + i * row);
           RNNKERN_UNROLL
           for (int b = 0; b < kBlocks; ++b) {
             RNNKERN_UNROLL
             for (int v = 0; v < kVectors; ++v) sum[i][b][v] = fma(x, w[b][v], sum[i][b][v]);
           }
         }
-        a += inner;
-        p += kWidth;
+        a += inner * kTerms<T>;
+        p += kWidth * kTerms<T>;
       }
     }
   }
@@ -93,7 +97,7 @@ void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<T>& P, int
     for (int b = 0; b < kBlocks; ++b) {
       RNNKERN_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        T* c = C.c + (block + b) * C.block_stride + (m + i) * C.row_stride + column + v * V::kLanes;
+        Compute<T>* c = C.c + (block + b) * C.block_stride + (m + i) * C.row_stride + column + v * V::kLanes;
         (C.start == Start::add ? V::load(c) + sum[i][b][v] : sum[i][b][v]).store(c);
       }
     }
@@ -102,7 +106,7 @@ void gemm_tile(const RowOperand<T>& A, int64_t m, const PackedOperand<T>& P, int
 
 template <class T, bool kUnitInner, int kMaxRows, int kBlocks, int kVectors, int kWidth>
 RNNKERN_FN void gemm_rows(int rows, const RowOperand<T>& A, int64_t m, const PackedOperand<T>& P, int64_t block,
-                          int vector, const Panel<T>& C) {
+                          int vector, const Panel<Compute<T>>& C) {
   if constexpr (kMaxRows >= 1) {
     if (rows == kMaxRows) {
       gemm_tile<T, kUnitInner, kMaxRows, kBlocks, kVectors, kWidth>(A, m, P, block, vector, C);
@@ -127,12 +131,12 @@ constexpr int tile_rows(int vectors) {
 // `count` blocks from `block` on, rows in balanced tiles.
 template <class T, bool kUnitInner, int kBlocks, int kVectors, int kWidth>
 RNNKERN_FN void gemm_blocks(int64_t count, int64_t rows, int64_t block, const RowOperand<T>& A,
-                            const PackedOperand<T>& P, const Panel<T>& C) {
+                            const PackedOperand<T>& P, const Panel<Compute<T>>& C) {
   if constexpr (kBlocks >= 1) {
     if (count < kBlocks) return gemm_blocks<T, kUnitInner, kBlocks - 1, kVectors, kWidth>(count, rows, block, A, P, C);
     constexpr int kMaxRows = tile_rows(kBlocks * kVectors);
     const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows;
-    for (int vector = 0; vector < kWidth / Vec<T>::kLanes; vector += kVectors) {
+    for (int vector = 0; vector < kWidth / Vec<Compute<T>>::kLanes; vector += kVectors) {
       int64_t m = 0;
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t size = (rows - m + tiles - i - 1) / (tiles - i);
@@ -145,8 +149,9 @@ RNNKERN_FN void gemm_blocks(int64_t count, int64_t rows, int64_t block, const Ro
 
 // Blocks in balanced groups of at most kMaxBlocks, each in passes of kVectors vectors.
 template <class T, bool kUnitInner, int kMaxBlocks, int kVectors, int kWidth>
-void gemm_shape(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P, const Panel<T>& C) {
-  static_assert(kWidth % (kVectors * Vec<T>::kLanes) == 0, "a block is a whole number of passes");
+void gemm_shape(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P,
+                const Panel<Compute<T>>& C) {
+  static_assert(kWidth % (kVectors * Vec<Compute<T>>::kLanes) == 0, "a block is a whole number of passes");
   const int64_t groups = (blocks + kMaxBlocks - 1) / kMaxBlocks;
   for (int64_t i = 0, block = 0; i < groups; ++i) {
     const int64_t count = (blocks - block + groups - i - 1) / (groups - i);
@@ -156,8 +161,8 @@ void gemm_shape(int64_t rows, int64_t blocks, const RowOperand<T>& A, const Pack
 }
 
 template <class T, int kGates>
-void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P, const Panel<T>& C) {
-  constexpr int kWidth = kBlock * kGates, kVectors = kWidth / Vec<T>::kLanes;
+void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P, const Panel<Compute<T>>& C) {
+  constexpr int kWidth = kBlock * kGates, kVectors = kWidth / Vec<Compute<T>>::kLanes;
   if (rows == 0) return;
 #define RNNKERN_SHAPE(max_blocks, vectors) gemm_shape<T, true, max_blocks, vectors, kWidth>(rows, blocks, A, P, C)
   if constexpr (kRegisters >= 32) {
@@ -195,8 +200,8 @@ void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOper
 // The same for a transposed A, one gate: C[block][row][16].
 template <class T>
 void gemm_transposed(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P,
-                     const Panel<T>& C) {
-  constexpr int kVectors = kBlock / Vec<T>::kLanes;
+                     const Panel<Compute<T>>& C) {
+  constexpr int kVectors = kBlock / Vec<Compute<T>>::kLanes;
   if constexpr (kRegisters >= 32) {
     gemm_shape<T, false, kVectors == 1 ? 3 : 1, kVectors, kBlock>(rows, blocks, A, P, C);
   } else {

@@ -20,6 +20,8 @@ bool cpu_supports(Isa isa) {
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    case Isa::avx512bf16:
+      return cpu_supports(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
   }
 #endif
   return isa == Isa::portable;
@@ -55,6 +57,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512bf16:
+      return "avx512bf16";
   }
   return "unknown";
 }

@@ -12,6 +12,7 @@ enum class Isa {
   portable,
   avx2,
   avx512,
+  avx512bf16,  // avx512 with bfloat16 products in forward; all else is avx512's
 };
 
 RNNKERN_API const char* isa_name(Isa isa);

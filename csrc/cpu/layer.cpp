@@ -74,7 +74,8 @@ class Plan {
   std::vector<Flag> flags_;
 };
 
-// A few elements of each weight as they lie in memory, spread over rows and columns by the golden ratio.
+// A few elements of each weight as they lie in memory, spread over rows and columns by the golden ratio; and, in what
+// they leave of each word, the instruction set, since packs of bfloat16 differ.
 void sample_weights(const LayerInputs& in, int gates, uint64_t* samples) {
   const size_t size = size_t(dtype_size(in.dtype));
   for (int d = 0; d < 2; ++d) {
@@ -84,7 +85,7 @@ void sample_weights(const LayerInputs& in, int gates, uint64_t* samples) {
                    counts[4] = {rows * uint64_t(in.I), rows * uint64_t(in.H), rows, rows};
     for (int i = 0; i < 4; ++i) {
       for (uint64_t s = 0; s < kSamples; ++s, ++samples) {
-        *samples = 0;
+        *samples = uint64_t(current_isa()) << 32;
         if (d >= in.D || !data[i] || counts[i] == 0) continue;
         const uint64_t at = (s + 1) * 0x9e3779b97f4a7c15 % counts[i];
         memcpy(samples, static_cast<const char*>(data[i]) + at * size, size);

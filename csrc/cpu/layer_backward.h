@@ -360,7 +360,10 @@ class Backward {
         if (t >= n) {
           memset(dx, 0, size_t(in_.I) * sizeof(S));
         } else if (in_.D == 2) {
-          for (int64_t k = 0; k < in_.I; ++k) dx[k] = to_storage<S>(dx_[0][at + k] + dx_[1][at + k]);
+          for (int64_t k = 0; k < in_.I; k += V::kLanes) {
+            const int lanes = int(min_of(int64_t(V::kLanes), in_.I - k));
+            store_lanes(dx + k, load_lanes(dx_[0] + at + k, lanes) + load_lanes(dx_[1] + at + k, lanes), lanes);
+          }
         }
       }
     }

@@ -104,18 +104,22 @@ RNNKERN_FN void wait_for_others(const LayerPlan& plan, const Share& share, int64
   }
 }
 
-// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16], both biases
-// [block][G][16]. Units past H are zero.
-template <class T>
+// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16] (or as pairs
+// along k, see gemm.h), both biases [block][G][16]. Units past H are zero.
+template <class S>
 struct Packed {
-  T *w_ih, *w_hh, *b_ih, *b_hh;
-  int64_t size;
+  using A = Element<S>;
+  using T = Compute<S>;
+  A *w_ih, *w_hh;
+  T *b_ih, *b_hh;
+  int64_t size;  // elements of T
   RNNKERN_FN Packed(void* base, const LayerInputs& in, int gates, int d) {
     const int64_t width = blocks_of(in.H) * gates * kBlock;
-    size = width * (in.I + in.H + 2);
-    w_ih = static_cast<T*>(base) + d * size;
-    w_hh = w_ih + width * in.I;
-    b_ih = w_hh + width * in.H;
+    const int64_t inputs = width * padded<A>(in.I), hidden = width * padded<A>(in.H);
+    size = (inputs + hidden) * int64_t(sizeof(A)) / int64_t(sizeof(T)) + 2 * width;
+    w_ih = reinterpret_cast<A*>(static_cast<T*>(base) + d * size);
+    w_hh = w_ih + inputs;
+    b_ih = reinterpret_cast<T*>(w_hh + hidden);
     b_hh = b_ih + width;
   }
 };
@@ -158,29 +162,29 @@ RNNKERN_FN void transpose(Vec<T> (&rows)[Vec<T>::kLanes]) {
   }
 }
 
-// from: S [G*H, K] -> to: T [block][K][G][16], for one block.
-template <class S, class T>
-void pack_block(const S* from, T* to, int gates, int64_t H, int64_t K, int64_t block) {
-  using V = Vec<T>;
-  constexpr int L = V::kLanes;
+// from: S [G*H, K] -> to: [block][K][G][16], or pairs along K, for one block.
+template <class S>
+void pack_block(const S* from, Element<S>* to, int gates, int64_t H, int64_t K, int64_t block) {
+  using V = Vec<Compute<S>>;
+  constexpr int L = V::kLanes, kPer = kTerms<Element<S>>;
   const int64_t units = min_of(int64_t(kBlock), H - block * kBlock), width = gates * kBlock;
   for (int g = 0; g < gates; ++g) {
     for (int64_t j = 0; j < kBlock; j += L) {
       const S* const row = from + (g * H + block * kBlock + j) * K;
-      for (int64_t k = 0; k < K; k += L) {  // innermost: as many streams as lanes, each read in order
-        const int count = int(min_of(int64_t(L), K - k));
-        T* column = to + k * width + g * kBlock + j;
+      for (int64_t k = 0; k < K; k += L * kPer) {  // innermost: as many streams as lanes, each read in order
+        const int count = int(min_of(int64_t(L * kPer), K - k));
+        Element<S>* column = to + k * width + (g * kBlock + j) * kPer;
         V rows[L];
-        if (count == L && j + L <= units) {
+        if (count == L * kPer && j + L <= units) {
           RNNKERN_UNROLL
-          for (int i = 0; i < L; ++i) rows[i] = load_lanes(row + i * K + k, L);
+          for (int i = 0; i < L; ++i) rows[i] = load_for_packing(row + i * K + k, L * kPer);
           transpose(rows);
           RNNKERN_UNROLL
-          for (int i = 0; i < L; ++i) rows[i].store(column + i * width);
+          for (int i = 0; i < L; ++i) store_packed<S>(column + i * kPer * width, rows[i]);
         } else {
-          for (int i = 0; i < L; ++i) rows[i] = j + i < units ? load_lanes(row + i * K + k, count) : V(T(0));
+          for (int i = 0; i < L; ++i) rows[i] = j + i < units ? load_for_packing(row + i * K + k, count) : V(0);
           transpose(rows);
-          for (int i = 0; i < count; ++i) rows[i].store(column + i * width);
+          for (int i = 0; i * kPer < count; ++i) store_packed<S>(column + i * kPer * width, rows[i]);
         }
       }
     }
@@ -198,17 +202,24 @@ void pack_bias_block(const S* from, T* to, int gates, int64_t H, int64_t block) 
   }
 }
 
-template <class S>
-void pack_layer_blocks(const LayerInputs& in, int gates, int d, int64_t begin, int64_t end, void* packed) {
-  using T = Compute<S>;
-  const Packed<T> to(packed, in, gates, d);
+// LayerKernels::packed_size and pack.
+template <class Cell, class S>
+int64_t packed_size(const LayerInputs& in) {
+  return Packed<S>(nullptr, in, Cell::kGates, 0).size;
+}
+template <class Cell, class S>
+void pack_layer_blocks(const LayerInputs& in, int d, int64_t begin, int64_t end, void* packed) {
+  using A = Element<S>;
+  const Packed<S> to(packed, in, Cell::kGates, d);
   const LayerWeights& from = in.weights[d];
-  const int64_t width = int64_t(gates) * kBlock;
+  constexpr int64_t kWidth = Cell::kGates * kBlock;
   for (int64_t block = begin; block < end; ++block) {
-    pack_block(static_cast<const S*>(from.w_ih), to.w_ih + block * in.I * width, gates, in.H, in.I, block);
-    pack_block(static_cast<const S*>(from.w_hh), to.w_hh + block * in.H * width, gates, in.H, in.H, block);
-    pack_bias_block(static_cast<const S*>(from.b_ih), to.b_ih + block * width, gates, in.H, block);
-    pack_bias_block(static_cast<const S*>(from.b_hh), to.b_hh + block * width, gates, in.H, block);
+    pack_block(static_cast<const S*>(from.w_ih), to.w_ih + block * padded<A>(in.I) * kWidth, Cell::kGates, in.H, in.I,
+               block);
+    pack_block(static_cast<const S*>(from.w_hh), to.w_hh + block * padded<A>(in.H) * kWidth, Cell::kGates, in.H, in.H,
+               block);
+    pack_bias_block(static_cast<const S*>(from.b_ih), to.b_ih + block * kWidth, Cell::kGates, in.H, block);
+    pack_bias_block(static_cast<const S*>(from.b_hh), to.b_hh + block * kWidth, Cell::kGates, in.H, block);
   }
 }
 

@@ -13,6 +13,7 @@ template <class Cell, class S>
 class Forward {
   using T = Compute<S>;
   using V = Vec<T>;
+  using A = Element<S>;  // of x, h and weights, as the products read them
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   static constexpr int kWidth = kGates * kBlock;
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
@@ -30,27 +31,32 @@ class Forward {
  private:
   // The workspace: states that all members see, then each member's scratch. A null workspace only counts the bytes.
   Forward(const LayerPlan& plan, const LayerOutputs& out, void* workspace, int member)
-      : plan_(plan), in_(*plan.in), out_(out), blocks_(blocks_of(plan.in->H)) {
+      : plan_(plan),
+        in_(*plan.in),
+        out_(out),
+        blocks_(blocks_of(plan.in->H)),
+        inputs_(padded<A>(plan.in->I)),
+        hidden_(padded<A>(plan.in->H)) {
     Arena arena(workspace);
     row_stride_ = padded_stride(in_.H);
     x_stride_ = padded_stride(in_.I);
     for (int d = 0; d < in_.D; ++d) {
-      for (T*& h : h_[d]) h = arena.take<T>(size_t(in_.B * row_stride_));
+      for (A*& h : h_[d]) h = arena.take<A>(size_t(in_.B * row_stride_));
       for (int s = 1; s < kStates; ++s) state_[d][s] = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
     }
     // Steps whose inputs are projected together: enough rows to stream the weights as fast as they are multiplied.
-    const bool beyond_cache = in_.H * in_.I * kGates * int64_t(sizeof(T)) > int64_t(4) << 20;
+    const bool beyond_cache = in_.H * in_.I * kGates * int64_t(sizeof(A)) > int64_t(4) << 20;
     const int64_t rows = in_.B > kBatchSplitRows * plan.members ? in_.B / plan.members : in_.B;
     chunk_ = max_of(int64_t(1), min_of(plan.steps, (beyond_cache ? 384 : 128) / max_of(int64_t(1), rows)));
     const int64_t chunk_rows = chunk_ * in_.B;  // a member may have all rows of a step
     for (int i = 0; i < plan.members; ++i) {
-      T* x = arena.take<T>(size_t(chunk_rows * x_stride_));
+      A* x = arena.take<A>(size_t(chunk_rows * x_stride_));
       T* gx = arena.take<T>(size_t(blocks_ * chunk_rows * kWidth));
       T* half0 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
       T* bias = arena.take<T>(kPanelBlocks * kWidth);
-      T* weights = arena.take<T>(size_t(plan.packed ? 0 : kPanelBlocks * max_of(in_.I, in_.H) * kWidth));
+      A* weights = arena.take<A>(size_t(plan.packed ? 0 : kPanelBlocks * max_of(inputs_, hidden_) * kWidth));
       if (i == member) {
         bias_ = bias;
         weights_ = weights;
@@ -69,11 +75,11 @@ class Forward {
 
   // Weights and biases of unit blocks, [block][k][gate][16] and [block][gate][16]: from the packed ones, or packed now,
   // and then valid until the next are asked for.
-  const T* input_weights(int d, int64_t block, int64_t count) {
-    return plan_.packed ? packed(d).w_ih + block * in_.I * kWidth : pack(in_.weights[d].w_ih, in_.I, block, count);
+  const A* input_weights(int d, int64_t block, int64_t count) {
+    return plan_.packed ? packed(d).w_ih + block * inputs_ * kWidth : pack(in_.weights[d].w_ih, in_.I, block, count);
   }
-  const T* hidden_weights(int d, int64_t block, int64_t count) {
-    return plan_.packed ? packed(d).w_hh + block * in_.H * kWidth : pack(in_.weights[d].w_hh, in_.H, block, count);
+  const A* hidden_weights(int d, int64_t block, int64_t count) {
+    return plan_.packed ? packed(d).w_hh + block * hidden_ * kWidth : pack(in_.weights[d].w_hh, in_.H, block, count);
   }
   const T* input_bias(int d, int64_t block, int64_t count) {
     return plan_.packed ? packed(d).b_ih + block * kWidth : pack_bias(in_.weights[d].b_ih, block, count);
@@ -81,9 +87,9 @@ class Forward {
   const T* hidden_bias(int d, int64_t block, int64_t count) {
     return plan_.packed ? packed(d).b_hh + block * kWidth : pack_bias(in_.weights[d].b_hh, block, count);
   }
-  const T* pack(const void* from, int64_t K, int64_t block, int64_t count) {
+  const A* pack(const void* from, int64_t K, int64_t block, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      pack_block(static_cast<const S*>(from), weights_ + i * K * kWidth, kGates, in_.H, K, block + i);
+      pack_block(static_cast<const S*>(from), weights_ + i * padded<A>(K) * kWidth, kGates, in_.H, K, block + i);
     }
     return weights_;
   }
@@ -93,7 +99,7 @@ class Forward {
     }
     return bias_;
   }
-  Packed<T> packed(int d) const { return Packed<T>(plan_.packed, in_, kGates, d); }
+  Packed<S> packed(int d) const { return Packed<S>(plan_.packed, in_, kGates, d); }
 
   // Panels of unit blocks: enough blocks in each to keep the multipliers busy when rows or gates are few.
   static int64_t panels_of(const Range& blocks, int64_t rows) {
@@ -126,12 +132,13 @@ class Forward {
       const bool fresh = d == 0 && reset_at(in_, 0, b);
       // Rows that the reverse direction starts later may read either buffer first.
       for (int i = 0; i < (plan_.length[m] < plan_.steps ? 2 : 1); ++i) {
-        T* h = h_[d][i] + m * row_stride_ + unit;
+        A* h = h_[d][i] + m * row_stride_ + unit;
         if (fresh) {
-          memset(h, 0, size_t(units) * sizeof(T));
+          memset(h, 0, size_t(units) * sizeof(A));
         } else {
-          load_row(h0, h, units);
+          convert_row(h0, h, units);
         }
+        if (unit + units == H) memset(h + units, 0, size_t(hidden_ - H) * sizeof(A));
       }
       for (int s = 1; s < kStates; ++s) {
         const T* c0 = static_cast<const T*>(in_.c0) + from;
@@ -160,7 +167,9 @@ class Forward {
       first_row_[i] = count;
       for (int64_t m = 0; m < alive; ++m) {
         const S* x = static_cast<const S*>(in_.x) + t * in_.x_time + row_of(rows.begin + m) * in_.x_batch;
-        load_row(x, x_ + (count + m) * x_stride_, in_.I);
+        A* row = x_ + (count + m) * x_stride_;
+        convert_row(x, row, in_.I);
+        memset(row + in_.I, 0, size_t(inputs_ - in_.I) * sizeof(A));
       }
       count += alive;
     }
@@ -170,11 +179,11 @@ class Forward {
       const auto [block, end] = piece(blocks, panels, i);
       const int64_t panel = end - block;  // its weights stay in the cache
       T* gx = gx_ + (block - blocks.begin) * gx_stride_;
-      const T* weights = input_weights(d, block, panel);
+      const A* weights = input_weights(d, block, panel);
       const T* bias = input_bias(d, block, panel);
-      for (int64_t k = 0; k < in_.I || k == 0; k += kRun) {
-        gemm<T, kGates>(count, panel, {x_ + k, x_stride_, int(min_of(kRun, in_.I - k))},
-                        {weights + k * kWidth, in_.I * kWidth},
+      for (int64_t k = 0; k < inputs_ || k == 0; k += kRun) {
+        gemm<A, kGates>(count, panel, {x_ + k, x_stride_, int(min_of(kRun, inputs_ - k))},
+                        {weights + k * kWidth, inputs_ * kWidth},
                         {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
       }
     }
@@ -182,7 +191,7 @@ class Forward {
 
   void run_step(int d, const Share& share, const Range& rows, const Range& blocks, int64_t step, int64_t chunk_row) {
     const int64_t t = time_of(d, step), alive = rows_alive(plan_, rows, t), cut = half_cut(blocks_);
-    const T* h = h_[d][step & 1] + rows.begin * row_stride_;
+    const A* h = h_[d][step & 1] + rows.begin * row_stride_;
     bool waited = !share.unit_split;
     const auto wait = [&] {
       if (!waited) wait_for_others(plan_, share, step + 1);
@@ -195,7 +204,7 @@ class Forward {
       // Back and forth, so that what is left in the cache from the last step is used first.
       const auto [begin, end] = piece(blocks, panels, step & 1 ? panels - 1 - i : i);
       const int64_t count = end - begin;
-      const T* weights = hidden_weights(d, begin, count);
+      const A* weights = hidden_weights(d, begin, count);
       for (int64_t m = 0; m < alive; m += kPanelRows) {
         const int64_t panel_rows = min_of(kPanelRows, alive - m);
         if (own < 0) wait();
@@ -214,11 +223,11 @@ class Forward {
   }
 
   // half_[half] = W_hh h over the units of one half.
-  void multiply(const T* weights, const T* h, int64_t rows, int64_t blocks, int half) {
+  void multiply(const A* weights, const A* h, int64_t rows, int64_t blocks, int half) {
     const int64_t cut = half_cut(blocks_) * kBlock;
-    const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : in_.H, block_stride = in_.H * kWidth;
+    const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : hidden_, block_stride = hidden_ * kWidth;
     for (int64_t k = first; k < last || k == first; k += kRun) {
-      gemm<T, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
+      gemm<A, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
                       {weights + k * kWidth, block_stride},
                       {half_[half], rows * kWidth, kWidth, k == first ? Start::zero : Start::add});
     }
@@ -228,8 +237,8 @@ class Forward {
   void pointwise(int d, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block, int64_t panel,
                  const T* gx_rows) {
     const int64_t H = in_.H, unit = block * kBlock;
-    const T* h = h_[d][step & 1] + unit;
-    T* h_next = h_[d][~step & 1] + unit;
+    const A* h = h_[d][step & 1] + unit;
+    A* h_next = h_[d][~step & 1] + unit;
     const T* bias = hidden_bias(d, block, 1);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t m = row + i, b = row_of(m), n = plan_.length[m];
@@ -251,11 +260,13 @@ class Forward {
           gx[g] = V::load(gx_row + at);
           gh[g] = V::load(sum0 + at) + V::load(sum1 + at) + V::load(bias + at);
         }
-        state[0] = V::load(h + m * row_stride_ + j);
+        state[0] = load_lanes(h + m * row_stride_ + j, V::kLanes);
         for (int s = 1; s < kStates; ++s) state[s] = V::load(state_[d][s] + (block * in_.B + m) * kBlock + j);
         Cell::forward(gx, gh, state, next, saved);
         next[0] = store_lanes(static_cast<S*>(out_.y) + out_at + j, next[0], lanes);
-        (fresh ? V(T(0)) : next[0]).store(h_next + m * row_stride_ + j);
+        // Products in pairs may read one unit past H, where an infinite input leaves anything.
+        const V h_value = kTerms<A> > 1 ? next[0].first(lanes) : next[0];
+        store_lanes(h_next + m * row_stride_ + j, fresh ? V(T(0)) : h_value, V::kLanes);
         if (last) store_lanes(static_cast<S*>(out_.h_n) + final_at + j, next[0], lanes);
         for (int s = 1; s < kStates; ++s) {
           (fresh ? V(T(0)) : next[s]).store(state_[d][s] + (block * in_.B + m) * kBlock + j);
@@ -273,15 +284,16 @@ class Forward {
   const LayerPlan& plan_;
   const LayerInputs& in_;
   const LayerOutputs& out_;
-  const int64_t blocks_;
+  const int64_t blocks_, inputs_, hidden_;  // inputs_ and hidden_: I and H as the products see them
   int64_t row_stride_, x_stride_, chunk_;
-  T* h_[2][2];            // [direction][step & 1]: [row][row_stride_]
+  A* h_[2][2];            // [direction][step & 1]: [row][row_stride_]
   T* state_[2][kStates];  // [direction][state]: [block][row][16]; the first is unused
-  T *x_, *gx_,
-      *half_[2];           // own scratch: [chunk row][x_stride_], [block][chunk row][gate][16], [panel block][panel
-                           // row][gate][16]
-  int64_t* first_row_;     // [chunk step] its first chunk row
-  T *weights_, *bias_;     // what is packed as it is used, if the plan has nothing packed
+  // Own scratch: [chunk row][x_stride_], [block][chunk row][gate][16], [panel block][panel row][gate][16].
+  A* x_;
+  T *gx_, *half_[2];
+  int64_t* first_row_;  // [chunk step] its first chunk row
+  A* weights_;          // what is packed as it is used, if the plan has nothing packed; so the next
+  T* bias_;
   int64_t gx_stride_ = 0;  // elements of a block of gx_
   size_t bytes_ = 0;
 };

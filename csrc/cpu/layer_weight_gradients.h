@@ -112,7 +112,7 @@ class WeightGradients {
       void* const outs[4] = {out.dw_ih, out.dw_hh, out.db_ih, out.db_hh};
       const int64_t sizes[4] = {rows * in_.I, rows * in_.H, rows, rows};
       for (int i = 0; i < 4; ++i) {
-        if (outs[i]) store_row<S>(sums_[d][i], static_cast<S*>(outs[i]), sizes[i]);
+        if (outs[i]) convert_row(sums_[d][i], static_cast<S*>(outs[i]), sizes[i]);
       }
     }
   }

@@ -1,11 +1,12 @@
 // One vector type per instruction set: Vec<float> and Vec<double> of the widest register that RNNKERN_ISA has.
 //
 // This file and all that includes it is compiled once per instruction set, each time in a namespace of its own
-// (RNNKERN_ISA: portable, avx2, avx512), so that the linker can never pick another set's copy of an inline function.
+// (RNNKERN_ISA: portable, avx2, avx512, avx512bf16), so that the linker can never pick another set's copy of an inline function.
 // For the same reason code in this namespace calls no inline function of the standard library.
 //
 // Arithmetic is that of the compiler's vector extension; fused multiply-adds are written out, the compiler fuses none
 // (except for `portable`, where fma is a * b + c and the compiler may fuse it). AVX2 and AVX-512 thus round alike.
+// avx512bf16 is avx512 (and defines RNNKERN_ISA_avx512 too) with products of bfloat16 pairs.
 #pragma once
 
 #include <cstdint>
