@@ -51,10 +51,12 @@ class Plan {
     for (int64_t m = 0; m < in.B; ++m) length_[m] = in.lengths ? in.lengths[order_[m]] : in.T;
     plan.steps = in.B > 0 ? length_[0] : 0;
     alive_.resize(plan.steps);
+    first_row_.resize(plan.steps + 1);
     int64_t rows = in.B;
     for (int64_t t = 0; t < plan.steps; ++t) {
       while (length_[rows - 1] <= t) --rows;
       alive_[t] = int32_t(rows);
+      first_row_[t + 1] = first_row_[t] + rows;
     }
     const double work = double(in.D) * double(plan.steps) * double(in.B) * double(cell_traits()[cell].gates) *
                         double(in.H) * double(in.I + in.H);
@@ -62,6 +64,7 @@ class Plan {
     plan.order = order_.data();
     plan.length = length_.data();
     plan.alive = alive_.data();
+    plan.first_row = first_row_.data();
     plan.members = work < (training ? kSerialTrainingWork : kSerialWork) ? 1 : std::max(1, parallel.threads);
     flags_.resize(plan.members);
     plan.flags = flags_.data();
@@ -70,7 +73,7 @@ class Plan {
 
  private:
   std::vector<int32_t> order_, alive_;
-  std::vector<int64_t> length_;
+  std::vector<int64_t> length_, first_row_;
   std::vector<Flag> flags_;
 };
 
@@ -117,7 +120,9 @@ int find_cell(const std::string& name) {
 
 int64_t saved_size(int cell, const LayerInputs& in) {
   const CellTraits& traits = cell_traits()[cell];
-  return in.D * in.T * in.B * ((in.H + 15) / 16 * 16) * (traits.saved + traits.states - 1);
+  int64_t rows = in.T * in.B;
+  if (in.packed_rows) rows = std::accumulate(in.lengths, in.lengths + in.B, int64_t(0));
+  return in.D * rows * ((in.H + 15) / 16 * 16) * (traits.saved + traits.states - 1);
 }
 
 int64_t packed_size(int cell, const LayerInputs& in) {
@@ -172,7 +177,7 @@ void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad,
   run_team(threads, plan.members, [&](const Member& member) { kernels.backward(plan, grad, member); });
   if (in.T == 0) {
     kernels.finish_backward(plan, grad, 0, 0);
-  } else if (in.D == 2 || in.lengths || in.dtype == Dtype::bf16 || in.dtype == Dtype::f16) {
+  } else if (in.D == 2 || (in.lengths && !in.packed_rows) || in.dtype == Dtype::bf16 || in.dtype == Dtype::f16) {
     run_parallel(threads, in.T, [&](int64_t begin, int64_t end) { kernels.finish_backward(plan, grad, begin, end); });
   }
 }

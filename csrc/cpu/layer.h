@@ -20,10 +20,13 @@ struct LayerWeights {
   const void* b_hh;  // S [G*H] or null
 };
 
+// Sequences of one length lie padded, [T, B, *], or packed as in torch's PackedSequence, [N, *]: the rows alive at t = 0,
+// then those alive at t = 1, and so on, where rows are sorted by length, longest first. [T, B, *] below means either.
 struct LayerInputs {
   Dtype dtype;
   int64_t T, B, I, H;
   int D;                    // directions
+  bool packed_rows;         // x, y, c_all and their gradients are packed; needs lengths, has no resets
   const void* x;            // S [T, B, I], elements of a row contiguous
   int64_t x_time, x_batch;  // strides in elements
   const void* h0;           // S [D, B, H]
@@ -65,7 +68,8 @@ struct CellTraits {
 RNNKERN_API const std::vector<CellTraits>& cell_traits();
 int find_cell(const std::string& name);  // index into cell_traits(); throws std::runtime_error
 
-// Elements of C that forward keeps for backward: [D][T][ceil(H/16)][B][(saved + states - 1) * 16].
+// Elements of C that forward keeps for backward: for each direction and step, of the rows alive then,
+// [ceil(H/16)][row][(saved + states - 1) * 16].
 int64_t saved_size(int cell, const LayerInputs& in);
 // Packed weights: elements of C. stale_pack compares a few sampled weights with those from which it was made.
 int64_t packed_size(int cell, const LayerInputs& in);

@@ -68,7 +68,7 @@ class Backward {
       w_ih_[d] = arena.take<T>(size_t(plan.steps > 1 ? input_blocks * panel_stride_ : 0));
       for (T*& gates : gates_[d]) gates = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
       for (T*& carry : carry_[d]) carry = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
-      dx_[d] = in_.D == 2 ? arena.take<T>(size_t(in_.T * in_.B * in_.I)) : nullptr;
+      dx_[d] = in_.D == 2 ? arena.take<T>(size_t((in_.packed_rows ? plan.first_row[plan.steps] : in_.T * in_.B) * in_.I)) : nullptr;
     }
     weights_.place(arena);
     const int64_t panel = kPanelBlocks * min_of(kPanelRows, max_of(in_.B, chunk_ * in_.B)) * kBlock;
@@ -230,16 +230,18 @@ class Backward {
 
   // What pointwise will read of row m at time t, while the product is made: it comes from memory, a line per array.
   void prefetch_row(int d, int64_t t, int64_t m, const Range& blocks) const {
-    const int64_t b = row_of(m), before = BackwardOrder{plan_, d}.before(t), end = min_of(blocks.end * kBlock, in_.H);
+    const BackwardOrder order{plan_, d};
+    const int64_t end = min_of(blocks.end * kBlock, in_.H);
     for (int64_t unit = blocks.begin * kBlock; unit < end; unit += int64_t(64 / sizeof(S))) {
       const int64_t column = d * in_.H + unit;
-      if (grad_.dy) __builtin_prefetch(static_cast<const S*>(grad_.dy) + (t * in_.B + b) * in_.D * in_.H + column);
-      if (before >= 0 && before < in_.T) {
-        __builtin_prefetch(static_cast<const S*>(grad_.y) + (before * in_.B + b) * in_.D * in_.H + column);
+      if (grad_.dy) __builtin_prefetch(static_cast<const S*>(grad_.dy) + row_at(plan_, t, m) * in_.D * in_.H + column);
+      if (!order.first_step(t, m)) {
+        const int64_t row = row_at(plan_, order.before(t), m);
+        __builtin_prefetch(static_cast<const S*>(grad_.y) + row * in_.D * in_.H + column);
       }
     }
     for (int64_t block = blocks.begin; block < blocks.end; ++block) {
-      const T* kept = saved(d, t, block, b);
+      const T* kept = saved(d, t, block, m);
       for (int64_t i = 0; i < kSavedWidth; i += int64_t(64 / sizeof(T))) __builtin_prefetch(kept + i);
     }
   }
@@ -259,16 +261,18 @@ class Backward {
   void pointwise(int d, int64_t m, int64_t block, int64_t t, bool alive, int64_t chunk, int64_t chunk_row,
                  const T* sums, int64_t done_time) {
     const int64_t b = row_of(m), H = in_.H, unit = block * kBlock, initial = (d * in_.B + b) * H + unit;
-    const int64_t at = ((t * in_.B + b) * in_.D + d) * H + unit;
+    const int64_t at = alive ? (row_at(plan_, t, m) * in_.D + d) * H + unit : 0;
     const BackwardOrder order{plan_, d};
     const bool cut = sums && order.fresh(done_time, m);  // no gradient crosses a reset
     // The state before step t: zero, the initial one, or that of the step before in this direction's order.
     const bool zero_before = alive && order.fresh(t, m);
     const bool initial_before = alive && !zero_before && order.first_step(t, m);
     const int64_t before = order.before(t);
-    const S* h_before = initial_before ? static_cast<const S*>(in_.h0) + initial
-                                       : static_cast<const S*>(grad_.y) + ((before * in_.B + b) * in_.D + d) * H + unit;
-    const T* saved_row = saved(d, t, block, b);
+    const bool after_step = alive && !zero_before && !initial_before;
+    const S* h_before = after_step
+                            ? static_cast<const S*>(grad_.y) + (row_at(plan_, before, m) * in_.D + d) * H + unit
+                            : static_cast<const S*>(in_.h0) + initial;
+    const T* saved_row = alive ? saved(d, t, block, m) : nullptr;
     const int64_t carry_at = (block * in_.B + m) * kBlock;
     for (int j = 0; j < kBlock; j += V::kLanes) {
       const int lanes = int(min_of(int64_t(V::kLanes), H - unit - j));
@@ -294,7 +298,7 @@ class Backward {
         if (grad_.dc_all) dnext[s] = load_lanes(static_cast<const T*>(grad_.dc_all) + at + j, lanes) + dnext[s];
         state[s] = zero_before      ? V(T(0))
                    : initial_before ? load_lanes(static_cast<const T*>(in_.c0) + initial + j, lanes)
-                                    : V::load(saved(d, before, block, b) + (kSaved + s - 1) * kBlock + j);
+                                    : V::load(saved(d, before, block, m) + (kSaved + s - 1) * kBlock + j);
       }
       Cell::backward(kept, state, dnext, dgx, dgh, dstate);
       // Lanes past H would otherwise carry what a non-finite input left there into the products.
@@ -308,8 +312,8 @@ class Backward {
     }
   }
 
-  const T* saved(int d, int64_t t, int64_t block, int64_t b) const {
-    return static_cast<const T*>(grad_.saved) + (((d * in_.T + t) * blocks_ + block) * in_.B + b) * kSavedWidth;
+  const T* saved(int d, int64_t t, int64_t block, int64_t m) const {
+    return static_cast<const T*>(grad_.saved) + saved_at(plan_, d, t, block, m, kSavedWidth);
   }
 
   // dx = W_ih^T dgx for chunk rows [rows.begin, rows.end) and column blocks [columns.begin, columns.end).
@@ -332,7 +336,7 @@ class Backward {
         for (int64_t row = r; row < r + count; ++row) {
           while (i + 1 < steps && first_row_[i + 1] <= row) ++i;
           const int64_t t = BackwardOrder{plan_, d}.time(step + i);
-          const int64_t at = (t * in_.B + row_of(row - first_row_[i])) * in_.I;
+          const int64_t at = row_at(plan_, t, row - first_row_[i]) * in_.I;
           for (int64_t block = 0; block < panel; ++block) {
             const int64_t column = (begin + block) * kBlock;
             const T* from = half_[0] + (block * count + row - r) * kBlock;
@@ -354,8 +358,8 @@ class Backward {
   void finish_dx(int64_t begin, int64_t end) const {
     for (int64_t m = 0; m < in_.B; ++m) {
       const int64_t n = plan_.length[m];
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t at = (t * in_.B + row_of(m)) * in_.I;
+      for (int64_t t = begin; t < (in_.packed_rows ? min_of(n, end) : end); ++t) {
+        const int64_t at = row_at(plan_, t, m) * in_.I;
         S* dx = static_cast<S*>(grad_.dx) + at;
         if (t >= n) {
           memset(dx, 0, size_t(in_.I) * sizeof(S));

@@ -91,6 +91,23 @@ RNNKERN_FN int64_t rows_alive(const LayerPlan& plan, const Range& rows, int64_t 
   return max_of(int64_t(0), min_of(int64_t(plan.alive[t]), rows.end) - rows.begin);
 }
 
+// Rows of x, and of y and everything else that a step and row have, see LayerInputs: the row of sorted row m at step t.
+RNNKERN_FN int64_t row_at(const LayerPlan& plan, int64_t t, int64_t m) {
+  return plan.in->packed_rows ? plan.first_row[t] + m : t * plan.in->B + plan.order[m];
+}
+template <class S>
+RNNKERN_FN const S* input_row(const LayerPlan& plan, int64_t t, int64_t m) {
+  const LayerInputs& in = *plan.in;
+  const int64_t at = in.packed_rows ? row_at(plan, t, m) * in.x_batch : t * in.x_time + plan.order[m] * in.x_batch;
+  return static_cast<const S*>(in.x) + at;
+}
+
+// What forward keeps of a unit block's rows at step t, `width` elements each, counted in elements.
+RNNKERN_FN int64_t saved_at(const LayerPlan& plan, int d, int64_t t, int64_t block, int64_t m, int64_t width) {
+  const int64_t rows = d * plan.first_row[plan.steps] + plan.first_row[t];
+  return (rows * blocks_of(plan.in->H) + block * plan.alive[t] + m) * width;
+}
+
 RNNKERN_FN bool reset_at(const LayerInputs& in, int64_t t, int64_t b) { return in.resets && in.resets[t * in.B + b]; }
 
 // Whether the state of row b (of length n) is zero again before step t. The reverse direction runs the same episodes.

@@ -151,8 +151,8 @@ class Forward {
           }
         }
       }
-      for (int64_t t = plan_.length[m]; t < in_.T; ++t) {
-        const int64_t at = ((t * in_.B + b) * in_.D + d) * H + unit;
+      for (int64_t t = plan_.length[m]; t < in_.T && !in_.packed_rows; ++t) {
+        const int64_t at = (row_at(plan_, t, m) * in_.D + d) * H + unit;
         memset(static_cast<S*>(out_.y) + at, 0, size_t(units) * sizeof(S));
         if (out_.c_all) memset(static_cast<T*>(out_.c_all) + at, 0, size_t(units) * sizeof(T));
       }
@@ -166,9 +166,8 @@ class Forward {
       const int64_t t = time_of(d, step + i), alive = rows_alive(plan_, rows, t);
       first_row_[i] = count;
       for (int64_t m = 0; m < alive; ++m) {
-        const S* x = static_cast<const S*>(in_.x) + t * in_.x_time + row_of(rows.begin + m) * in_.x_batch;
         A* row = x_ + (count + m) * x_stride_;
-        convert_row(x, row, in_.I);
+        convert_row(input_row<S>(plan_, t, rows.begin + m), row, in_.I);
         memset(row + in_.I, 0, size_t(inputs_ - in_.I) * sizeof(A));
       }
       count += alive;
@@ -246,9 +245,9 @@ class Forward {
       const bool fresh = !last && fresh_state(in_, d, d == 0 ? t + 1 : t - 1, b, n);
       const T *gx_row = gx_rows + i * kWidth, *sum0 = half_[0] + panel + i * kWidth,
               *sum1 = half_[1] + panel + i * kWidth;
-      const int64_t out_at = ((t * in_.B + b) * in_.D + d) * H + unit, final_at = (d * in_.B + b) * H + unit;
+      const int64_t out_at = (row_at(plan_, t, m) * in_.D + d) * H + unit, final_at = (d * in_.B + b) * H + unit;
       T* saved_row = out_.saved
-                         ? static_cast<T*>(out_.saved) + (((d * in_.T + t) * blocks_ + block) * in_.B + b) * kSavedWidth
+                         ? static_cast<T*>(out_.saved) + saved_at(plan_, d, t, block, m, kSavedWidth)
                          : nullptr;
       for (int j = 0; j < kBlock; j += V::kLanes) {
         const int lanes = int(min_of(int64_t(V::kLanes), H - unit - j));

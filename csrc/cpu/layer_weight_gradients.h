@@ -151,14 +151,14 @@ class WeightGradients {
         const int64_t b = plan_.order[m];
         const S* from;
         if (!hidden) {
-          from = static_cast<const S*>(in_.x) + t * in_.x_time + b * in_.x_batch;
+          from = input_row<S>(plan_, t, m);
         } else if (order.fresh(t, m)) {
           memset(to, 0, kBlock * sizeof(T));
           continue;
         } else if (order.first_step(t, m)) {
           from = static_cast<const S*>(in_.h0) + (d * in_.B + b) * in_.H;
         } else {
-          from = static_cast<const S*>(grad_.y) + ((order.before(t) * in_.B + b) * in_.D + d) * in_.H;
+          from = static_cast<const S*>(grad_.y) + (row_at(plan_, order.before(t), m) * in_.D + d) * in_.H;
         }
         for (int j = 0; j < kBlock; j += V::kLanes) {
           const int lanes = int(min_of(int64_t(V::kLanes), width - column - j));

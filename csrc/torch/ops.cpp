@@ -14,33 +14,38 @@ struct LayerArguments {
                  const std::vector<OptionalTensor>& weights_, const OptionalTensor& lengths_,
                  const OptionalTensor& resets_)
       : cell(find_cell(cell_name)),
-        x(x_.size(2) <= 1 || x_.stride(2) == 1 ? x_ : torch::stable::contiguous(x_)),
+        x(x_.size(-1) <= 1 || x_.stride(-1) == 1 ? x_ : torch::stable::contiguous(x_)),
         h0(make_contiguous(h0_)),
         c0(make_contiguous(c0_)),
         lengths(make_contiguous(lengths_)),
         resets(make_contiguous(resets_)) {
     for (const OptionalTensor& weight : weights_) weights.push_back(make_contiguous(weight));
     in.dtype = dtype_of(x);
-    in.T = x.size(0);
-    in.B = x.size(1);
-    in.I = x.size(2);
+    in.packed_rows = x.dim() == 2;
+    in.B = h0.size(1);
+    in.I = x.size(-1);
     in.D = weights[4].has_value() ? 2 : 1;
     in.H = h0.size(2);
     in.x = x.const_data_ptr();
     in.x_time = x.stride(0);
-    in.x_batch = x.stride(1);
+    in.x_batch = x.stride(-2);
     in.h0 = h0.const_data_ptr();
     in.c0 = data_or_null(c0);
     in.lengths = static_cast<const int64_t*>(data_or_null(lengths));
     in.resets = static_cast<const uint8_t*>(data_or_null(resets));
     STD_TORCH_CHECK(in.H > 0, "rnnkern::layer: the hidden size must be greater than zero");
-    const int64_t rows = cell_traits()[cell].gates * in.H;
+    STD_TORCH_CHECK(!lengths.has_value() || (lengths->numel() == in.B && lengths->scalar_type() == ScalarType::Long),
+                    "rnnkern::layer: lengths must be int64 [B]");
+    in.T = !in.packed_rows ? x.size(0) : in.lengths && in.B > 0 ? in.lengths[0] : 0;
+    rows = x.size(0) * (in.packed_rows ? 1 : x.size(1));
+    STD_TORCH_CHECK(in.packed_rows || x.size(1) == in.B, "rnnkern::layer: h0 does not fit x and the weights");
+    const int64_t gate_rows = cell_traits()[cell].gates * in.H;
     for (int d = 0; d < in.D; ++d) {
       for (int i = 0; i < 4; ++i) {
         const OptionalTensor& w = weights[4 * d + i];
         STD_TORCH_CHECK(w.has_value() || i >= 2, "rnnkern::layer: a weight matrix is missing");
         if (!w.has_value()) continue;
-        const int64_t expected = i == 0 ? rows * in.I : i == 1 ? rows * in.H : rows;
+        const int64_t expected = i == 0 ? gate_rows * in.I : i == 1 ? gate_rows * in.H : gate_rows;
         STD_TORCH_CHECK(w->numel() == expected && dtype_of(*w) == in.dtype, "rnnkern::layer: weight ", i,
                         " of direction ", d, " does not fit the input and hidden size");
       }
@@ -57,11 +62,19 @@ struct LayerArguments {
     STD_TORCH_CHECK(
         !resets.has_value() || (resets->numel() == in.T * in.B && resets->scalar_type() == ScalarType::Bool),
         "rnnkern::layer: resets must be bool [T, B]");
-    STD_TORCH_CHECK(!lengths.has_value() || (lengths->numel() == in.B && lengths->scalar_type() == ScalarType::Long),
-                    "rnnkern::layer: lengths must be int64 [B]");
+    int64_t steps = 0;
     for (int64_t b = 0; lengths.has_value() && b < in.B; ++b) {
       STD_TORCH_CHECK(in.lengths[b] >= 0 && in.lengths[b] <= in.T, "rnnkern::layer: lengths must lie in 0..", in.T);
+      STD_TORCH_CHECK(!in.packed_rows || b == 0 || in.lengths[b] <= in.lengths[b - 1],
+                      "rnnkern::layer: lengths of packed rows must come longest first");
+      steps += in.lengths[b];
     }
+    STD_TORCH_CHECK(!in.packed_rows || (steps == rows && !resets.has_value()),
+                    "rnnkern::layer: packed rows need lengths that add up to their number, and take no resets");
+  }
+  // The shape of an output with `columns` elements for each step and row.
+  std::vector<int64_t> sequence(int64_t columns) const {
+    return in.packed_rows ? std::vector<int64_t>{rows, columns} : std::vector<int64_t>{in.T, in.B, columns};
   }
   bool two_states() const { return c0.has_value(); }
 
@@ -70,6 +83,7 @@ struct LayerArguments {
   const OptionalTensor c0, lengths, resets;
   std::vector<OptionalTensor> weights;
   LayerInputs in{};
+  int64_t rows = 0;  // of x: T * B, or those of packed rows
 };
 
 struct LayerResults {
@@ -79,7 +93,8 @@ struct LayerResults {
 LayerResults run_forward(LayerArguments& args, bool return_states, bool save) {
   const LayerInputs& in = args.in;
   const Dtype dtype = in.dtype, compute = compute_dtype(dtype);
-  const std::vector<int64_t> none = {0}, states = {in.D, in.B, in.H}, sequence = {in.T, in.B, in.D * in.H};
+  const std::vector<int64_t> none = {0}, states = {in.D, in.B, in.H};
+  const std::vector<int64_t> sequence = args.sequence(in.D * in.H);
   const bool all = return_states && args.two_states();
   LayerResults out{make_empty(sequence, dtype), make_empty(states, dtype),
                    make_empty(args.two_states() ? states : none, compute), make_empty(all ? sequence : none, compute),
@@ -147,7 +162,7 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
   dc_n = make_contiguous(dc_n);
   dc_all = make_contiguous(dc_all);
   y = make_contiguous(y);
-  const int64_t sequence = in.T * in.B * in.D * in.H, state = in.D * in.B * in.H;
+  const int64_t sequence = args.rows * in.D * in.H, state = in.D * in.B * in.H;
   const auto fits = [](const OptionalTensor& tensor, int64_t count, Dtype expected) {
     return !tensor.has_value() || (tensor->numel() == count && dtype_of(*tensor) == expected);
   };
@@ -156,7 +171,7 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
   STD_TORCH_CHECK(fits(dy, sequence, dtype) && fits(dh_n, state, dtype) && fits(dc_n, state, compute) &&
                       fits(dc_all, sequence, compute),
                   "rnnkern::layer_backward: a gradient does not have the shape and dtype of its output");
-  Tensor dx = make_empty(need_dx ? std::vector<int64_t>{in.T, in.B, in.I} : none, dtype);
+  Tensor dx = make_empty(need_dx ? args.sequence(in.I) : none, dtype);
   Tensor dh0 = make_empty(need_dh0 ? states : none, dtype);
   Tensor dc0 = make_empty(need_dh0 && args.two_states() ? states : none, compute);
   Tensor dw[8];

@@ -32,6 +32,7 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs a layer in one or both directions.
 
+    Of a PackedSequence's data x is [N, I], `lengths` has the rows' steps, longest first, and y and c_all are [N, D*H].
     Past a row's length y is zero and the state stays; the reverse direction starts at each row's own last step. `h0`
     and `c0` enter the first episode that a direction meets; a reset at t = 0 replaces them in the forward direction.
 
@@ -39,6 +40,15 @@ def layer(
         y [T, B, D*H], h_n [D, B, H], c_n [D, B, H] (or [0]), c_all [T, B, D*H] (if `return_states`, else [0]);
         the cell states are in the compute dtype.
     """
+    if x.dim() == 2:
+        assert lengths is not None
+        T, B = (int(lengths[0]) if len(lengths) else 0), h0.shape[1]
+        present = torch.arange(T, device=x.device)[:, None] < lengths.to(x.device)  # [T, B]
+        padded = x.new_zeros(T, B, x.shape[1]).masked_scatter(present[:, :, None], x)
+        y, h_n, c_n, c_all = layer(
+            spec, padded, h0, c0, weights, projection=projection, lengths=lengths, return_states=return_states
+        )
+        return y[present], h_n, c_n, c_all[present] if c_all.dim() == 3 else c_all
     steps = torch.arange(x.shape[0], device=x.device)[:, None]  # [T, 1]
     alive = None if lengths is None else steps < lengths.to(x.device)  # [T, B]
     # boundary[t, b]: no state passes between steps t-1 and t. Beyond a row's end there is nothing to separate.
@@ -56,14 +66,14 @@ def layer(
                 spec, x, h0[direction], c, w_ih, w_hh, b_ih, b_hh, projection[direction], alive, boundary, reverse
             )
         )
-    y, h_n, c_n, c_all = ([out[i] for out in outputs] for i in range(4))
+    ys, hs, cs, all_cs = ([out[i] for out in outputs] for i in range(4))
     two_states = len(spec.states) == 2
     absent = x.new_empty(0, dtype=compute_dtype(x.dtype))
     return (
-        torch.cat(y, dim=-1),
-        torch.stack(h_n),
-        torch.stack(c_n) if two_states else absent,
-        torch.cat(c_all, dim=-1) if two_states and return_states else absent.clone(),
+        torch.cat(ys, dim=-1),
+        torch.stack(hs),
+        torch.stack(cs) if two_states else absent,
+        torch.cat(all_cs, dim=-1) if two_states and return_states else absent.clone(),
     )
 
 

@@ -201,14 +201,13 @@ class _Recurrent(torch.nn.RNNBase):
 
     def _layers(
         self,
-        x: Tensor,  # [T, B, I]
+        x: Tensor,  # [T, B, I], or [N, I] of a PackedSequence
         h: Tensor,  # [L*D, B, H or P]
         c: Tensor | None,  # [L*D, B, H]
         first: tuple[Weights, tuple[Tensor | None, ...]],  # the weights of the first layer
         lengths: Tensor | None,  # [B]
         resets: Tensor | None,  # [T, B]
         return_states: bool,
-        batch_sizes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The stack of layers: y [T, B, D*H], h_n, c_n and every c of the last layer, the latter two in x's dtype."""
         D, L = 2 if self.bidirectional else 1, self.num_layers
@@ -258,23 +257,15 @@ class _Recurrent(torch.nn.RNNBase):
             c_layers.append(c_layer)
             x = y
             if self.dropout and self.training and layer < L - 1:
-                x = self._between_layers(x, lengths, batch_sizes)
+                x = torch.dropout(x, self.dropout, True)
         if c is None:
             return y, torch.cat(h_layers), None, None
         return y, torch.cat(h_layers), torch.cat(c_layers).to(dtype), c_all.to(dtype) if return_states else None
 
-    def _between_layers(self, y: Tensor, lengths: Tensor | None, batch_sizes: Tensor | None) -> Tensor:
-        """Dropout between layers; of a packed sequence it draws for the packed entries, as torch does."""
-        if batch_sizes is None or lengths is None:
-            return torch.dropout(y, self.dropout, True)
-        data = torch.dropout(_pack(y, lengths), self.dropout, True)
-        padded: Tensor = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, y.shape[0])[0]
-        return padded
-
     def _run_packed(
         self, packed: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
     ) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
-        """Runs a packed sequence padded, rows in its sorted order, and packs the result again."""
+        """Runs a packed sequence as it lies, rows in its sorted order."""
         data, batch_sizes, order, back = packed
         for name, value in (("lengths", lengths), ("resets", resets)):
             if value is not None:
@@ -295,13 +286,13 @@ class _Recurrent(torch.nn.RNNBase):
         self._check(data, len(batch_sizes), B, h, c, dtype, batch_sizes)
         if data.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
             data, h = data.to(dtype), h.to(dtype)
-        x, row_lengths = torch._VF._pad_packed_sequence(data, batch_sizes, False, 0.0, len(batch_sizes))
-        y, h_n, c_n, c_all = self._layers(x, h, c, first, row_lengths, None, return_states, batch_sizes)
+        row_lengths = (batch_sizes[:, None] > torch.arange(B)).sum(0)
+        y, h_n, c_n, c_all = self._layers(data, h, c, first, row_lengths, None, return_states)
         if back is not None:
             h_n = h_n.index_select(1, back)
             c_n = None if c_n is None else c_n.index_select(1, back)
-        output = PackedSequence(_pack(y, row_lengths), batch_sizes, order, back)
-        states = None if c_all is None else PackedSequence(_pack(c_all, row_lengths), batch_sizes, order, back)
+        output = PackedSequence(y, batch_sizes, order, back)
+        states = None if c_all is None else PackedSequence(c_all, batch_sizes, order, back)
         return output, h_n, c_n, states
 
 
@@ -313,9 +304,3 @@ def _check_pair(hx: Any, absent: type[Exception], exact: bool) -> None:
         raise RuntimeError(f"hx must be a pair of tensors: lstm expects two hidden states, got {len(hx)}")
     if not isinstance(hx[0], Tensor) or not isinstance(hx[1], Tensor):
         raise absent(f"hx must be a pair of tensors, got {type(hx[0]).__name__} and {type(hx[1]).__name__}")
-
-
-def _pack(padded: Tensor, lengths: Tensor) -> Tensor:
-    """The entries of [T, B, *] within the rows' lengths (sorted, longest first), in a PackedSequence's order."""
-    data: Tensor = torch._VF._pack_padded_sequence(padded, lengths, False)[0]
-    return data

@@ -151,9 +151,13 @@ def forced() -> str | None:
 
 
 def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> str:
-    """The backend of a call on x [T, B, I] and h0 [D, B, H]: what `choose` says under this thread's override."""
-    T, B, I = x.shape
-    D, _, H = h0.shape
+    """The backend of a call on x [T, B, I] and h0 [D, B, H]: what `choose` says under this thread's override.
+
+    Of a PackedSequence's data [N, I] the number of steps is not known here: T is its mean, at least 1.
+    """
+    D, B, H = h0.shape
+    I = x.shape[-1]
+    T = x.shape[0] if x.dim() == 3 else -(-x.shape[0] // max(B, 1))
     device, dtype = x.device, x.dtype
     compiling = torch.compiler.is_compiling()
     transformed = not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)

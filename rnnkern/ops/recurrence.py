@@ -33,26 +33,25 @@ def _fake_inference(
     *rest: Any,  # the weights, lengths, resets, return_states, packed
 ) -> Outputs:
     return_states = rest[10]
-    T, B, _ = x.shape
-    D, _, H = h0.shape
+    D, B, H = h0.shape
     two_states = len(CELLS[cell].states) == 2
     compute = compute_dtype(x.dtype)
     return (
-        x.new_empty(T, B, D * H),
+        x.new_empty(*x.shape[:-1], D * H),
         x.new_empty(D, B, H),
         x.new_empty((D, B, H) if two_states else (0,), dtype=compute),
-        x.new_empty((T, B, D * H) if two_states and return_states else (0,), dtype=compute),
+        x.new_empty((*x.shape[:-1], D * H) if two_states and return_states else (0,), dtype=compute),
     )
 
 
 def _fake_layer(
     cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    T, B, _ = x.shape
     D, _, H = h0.shape
+    rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     spec = CELLS[cell]
     kept = (H + 15) // 16 * 16 * (len(spec.saved) + len(spec.states) - 1)
-    saved = x.new_empty(D * T * B * kept, dtype=compute_dtype(x.dtype))
+    saved = x.new_empty(D * rows * kept, dtype=compute_dtype(x.dtype))
     return (*_fake_inference(cell, x, h0, c0, *rest), saved)
 
 
@@ -258,7 +257,7 @@ def check_weights(x: Tensor, weights: Weights, cell: str, gates: Tensor, recurre
     """
     rows = len(CELLS[cell].gates) * gates.shape[2]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    shapes = ((rows, x.shape[2]), (rows, recurrent.shape[2]), (rows,), (rows,))
+    shapes = ((rows, x.shape[-1]), (rows, recurrent.shape[2]), (rows,), (rows,))
     for i, w in enumerate(weights):
         if w is None:
             continue
@@ -275,7 +274,7 @@ def check_weights(x: Tensor, weights: Weights, cell: str, gates: Tensor, recurre
 
 def recurrence(
     cell: str,
-    x: Tensor,  # [T, B, I]
+    x: Tensor,  # [T, B, I], or [N, I] of a PackedSequence
     h0: Tensor,  # [D, B, H], or [D, B, P] with a projection
     c0: Tensor | None,  # [D, B, H] in the compute dtype, for cells of two states
     weights: Weights,
