@@ -20,8 +20,9 @@ struct LayerWeights {
   const void* b_hh;  // S [G*H] or null
 };
 
-// Sequences of one length lie padded, [T, B, *], or packed as in torch's PackedSequence, [N, *]: the rows alive at t = 0,
-// then those alive at t = 1, and so on, where rows are sorted by length, longest first. [T, B, *] below means either.
+// Sequences of one length lie padded, [T, B, *], or packed as in torch's PackedSequence, [N, *]: the rows alive at t =
+// 0, then those alive at t = 1, and so on, where rows are sorted by length, longest first. [T, B, *] below means
+// either.
 struct LayerInputs {
   Dtype dtype;
   int64_t T, B, I, H;

@@ -68,7 +68,9 @@ class Backward {
       w_ih_[d] = arena.take<T>(size_t(plan.steps > 1 ? input_blocks * panel_stride_ : 0));
       for (T*& gates : gates_[d]) gates = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
       for (T*& carry : carry_[d]) carry = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
-      dx_[d] = in_.D == 2 ? arena.take<T>(size_t((in_.packed_rows ? plan.first_row[plan.steps] : in_.T * in_.B) * in_.I)) : nullptr;
+      dx_[d] = in_.D == 2
+                   ? arena.take<T>(size_t((in_.packed_rows ? plan.first_row[plan.steps] : in_.T * in_.B) * in_.I))
+                   : nullptr;
     }
     weights_.place(arena);
     const int64_t panel = kPanelBlocks * min_of(kPanelRows, max_of(in_.B, chunk_ * in_.B)) * kBlock;
@@ -269,9 +271,8 @@ class Backward {
     const bool initial_before = alive && !zero_before && order.first_step(t, m);
     const int64_t before = order.before(t);
     const bool after_step = alive && !zero_before && !initial_before;
-    const S* h_before = after_step
-                            ? static_cast<const S*>(grad_.y) + (row_at(plan_, before, m) * in_.D + d) * H + unit
-                            : static_cast<const S*>(in_.h0) + initial;
+    const S* h_before = after_step ? static_cast<const S*>(grad_.y) + (row_at(plan_, before, m) * in_.D + d) * H + unit
+                                   : static_cast<const S*>(in_.h0) + initial;
     const T* saved_row = alive ? saved(d, t, block, m) : nullptr;
     const int64_t carry_at = (block * in_.B + m) * kBlock;
     for (int j = 0; j < kBlock; j += V::kLanes) {

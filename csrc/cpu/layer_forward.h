@@ -246,9 +246,7 @@ class Forward {
       const T *gx_row = gx_rows + i * kWidth, *sum0 = half_[0] + panel + i * kWidth,
               *sum1 = half_[1] + panel + i * kWidth;
       const int64_t out_at = (row_at(plan_, t, m) * in_.D + d) * H + unit, final_at = (d * in_.B + b) * H + unit;
-      T* saved_row = out_.saved
-                         ? static_cast<T*>(out_.saved) + saved_at(plan_, d, t, block, m, kSavedWidth)
-                         : nullptr;
+      T* saved_row = out_.saved ? static_cast<T*>(out_.saved) + saved_at(plan_, d, t, block, m, kSavedWidth) : nullptr;
       for (int j = 0; j < kBlock; j += V::kLanes) {
         const int lanes = int(min_of(int64_t(V::kLanes), H - unit - j));
         if (lanes <= 0) break;

@@ -8,14 +8,14 @@ namespace rnnkern {
 // What every member of the team needs to know about a call.
 struct LayerPlan {
   const LayerInputs* in;
-  int64_t steps;          // the longest length
-  const int32_t* order;   // [B] batch rows, longest first
-  const int64_t* length;  // [B] their lengths
-  const int32_t* alive;   // [steps] rows with length > t
+  int64_t steps;             // the longest length
+  const int32_t* order;      // [B] batch rows, longest first
+  const int64_t* length;     // [B] their lengths
+  const int32_t* alive;      // [steps] rows with length > t
   const int64_t* first_row;  // [steps + 1] rows alive before step t, all steps added
-  int members;            // the most that the team may have
-  Flag* flags;            // [members], zero
-  void* packed;           // weights, as LayerKernels::pack writes them; null for one step: packed as they are used
+  int members;               // the most that the team may have
+  Flag* flags;               // [members], zero
+  void* packed;              // weights, as LayerKernels::pack writes them; null for one step: packed as they are used
   void* workspace;
 };
 

@@ -1,8 +1,8 @@
 // One vector type per instruction set: Vec<float> and Vec<double> of the widest register that RNNKERN_ISA has.
 //
 // This file and all that includes it is compiled once per instruction set, each time in a namespace of its own
-// (RNNKERN_ISA: portable, avx2, avx512, avx512bf16), so that the linker can never pick another set's copy of an inline function.
-// For the same reason code in this namespace calls no inline function of the standard library.
+// (RNNKERN_ISA: portable, avx2, avx512, avx512bf16), so that the linker can never pick another set's copy of an inline
+// function. For the same reason code in this namespace calls no inline function of the standard library.
 //
 // Arithmetic is that of the compiler's vector extension; fused multiply-adds are written out, the compiler fuses none
 // (except for `portable`, where fma is a * b + c and the compiler may fuse it). AVX2 and AVX-512 thus round alike.
