@@ -26,8 +26,8 @@ from benchmarks.environment import (
     write_json,
 )
 from benchmarks.memory import peak_mib
-from benchmarks.peers import PEERS, check_agreement
-from benchmarks.rows import SMOKE, Row, all_rows, row_runners
+from benchmarks.peers import PEERS
+from benchmarks.rows import SMOKE, Row, all_rows, check_row, row_runners
 from rnnkern._bench.cases import OURS, TORCH
 from rnnkern._bench.probes import MachineProbe, Probes, ceilings
 from rnnkern._bench.timing import compare
@@ -50,8 +50,7 @@ def measure(row: Row, now: MachineProbe | None, seconds: float, memory: bool) ->
     """One row of the report."""
     with torch.set_grad_enabled(row.training):
         functions = row_runners(row)
-        if not isinstance(row, AttentionCase):
-            check_agreement(row, functions)
+        check_row(row, functions)
         apart = torch.get_num_threads() > 1 and any(name in PEERS and PEERS[name].own_threads for name in functions)
         result = compare(functions, seconds=seconds, rest=REST_SECONDS if apart else 0.0)
     peers = [name for name in functions if name != OURS]

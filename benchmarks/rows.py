@@ -2,13 +2,13 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
 
 from benchmarks.attention import AttentionCase
-from benchmarks.peers import Build, recurrence_builders
+from benchmarks.peers import TOLERANCES, Build, check_agreement, recurrence_builders, tolerance
 from benchmarks.runtimes import PeerUnavailable
 from rnnkern._bench.cases import Case
 
@@ -98,6 +98,14 @@ def row_runners(row: Row) -> dict[str, Callable[[], object]]:
         except PeerUnavailable as error:
             _say_once(f"{name} is left out: {error}")
     return found
+
+
+def check_row(row: Row, functions: Mapping[str, Callable[[], object]]) -> None:
+    """Raises PeerDisagrees unless all functions of the row compute the same."""
+    if isinstance(row, AttentionCase):
+        check_agreement(row.name, functions, dict.fromkeys(functions, TOLERANCES[torch.float32]))
+    else:
+        check_agreement(row.name, functions, {name: tolerance(row, name) for name in functions})
 
 
 @functools.cache

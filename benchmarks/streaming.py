@@ -6,6 +6,7 @@ and worker threads asleep; or it is busy with something else (`awake`), so that 
 
 import argparse
 import inspect
+import itertools
 import statistics
 import sys
 import time
@@ -28,9 +29,10 @@ from benchmarks.environment import (
     write_json,
 )
 from benchmarks.onnx_model import onnx_model
+from benchmarks.peers import PeerDisagrees
 from benchmarks.render import table
 from benchmarks.runtimes import BoundSession, PeerUnavailable, onnxruntime_session
-from rnnkern._bench.cases import CELLS, OURS, TORCH, Case, modules
+from rnnkern._bench.cases import CELLS, OURS, TORCH, Case, first_tensor, modules
 
 HIDDEN = (64, 128, 256, 512)
 KINDS = ("gru", "lstm", "gru-cell", "lstm-cell")
@@ -39,14 +41,26 @@ PERIOD = 0.01
 CALLS, BLOCK = 200, 50
 TIGHT, ASLEEP, AWAKE = "tight", "asleep", "awake"
 State = Any  # h, or the pair h, c
+Call = Callable[[], State]
 
 
-def carrying(step: Callable[[Tensor, State], State], x: Tensor, state: State) -> Callable[[], None]:
-    """A function that makes one step from where the last one came."""
+def carrying(step: Callable[[Tensor, State], State], x: Tensor, state: State) -> Call:
+    """A function that makes one step from where the last one came, and returns the new state."""
 
-    def call() -> None:
+    def call() -> State:
         nonlocal state
         state = step(x, state)
+        return state
+
+    return call
+
+
+def in_place(step: Callable[..., object], x: Tensor, state: State) -> Call:
+    """The same where each new state replaces the last one in its memory."""
+
+    def call() -> State:
+        step(x, state, out=state)
+        return state
 
     return call
 
@@ -57,7 +71,7 @@ def first_state(case: Case, shape: tuple[int, ...]) -> State:
     return (h, torch.zeros(shape)) if case.cell == "lstm" else h
 
 
-def runtime_runner(case: Case, module: nn.RNNBase) -> Callable[[], None]:
+def runtime_runner(case: Case, module: nn.RNNBase) -> Call:
     """ONNX Runtime on bound inputs and outputs: two sets of states, each in turn the input and the output.
 
     Raises:
@@ -71,18 +85,11 @@ def runtime_runner(case: Case, module: nn.RNNBase) -> Callable[[], None]:
     sets = [[torch.zeros(1, 1, case.H) for _ in session.get_inputs()[1:]] for _ in range(2)]
     there = BoundSession(session, [x, *sets[0]], [y, *sets[1]])
     back = BoundSession(session, [x, *sets[1]], [y, *sets[0]])
-    following = {True: there, False: back}
-    forth = False
-
-    def call() -> None:
-        nonlocal forth
-        forth = not forth
-        following[forth]()
-
-    return call
+    turns = itertools.cycle([there, back])
+    return lambda: next(turns)()  # y, which is h
 
 
-def streams(case: Case) -> dict[str, Callable[[], None]]:
+def streams(case: Case) -> dict[str, Call]:
     """What makes one step of the case, ours first; without what is not there."""
     of = modules(case)
     x = case.input()
@@ -97,11 +104,9 @@ def streams(case: Case) -> dict[str, Callable[[], None]]:
     step = getattr(of[OURS], "step", None)
     if step is not None:
         frame = x.reshape(1, case.I)
-        state = first_state(case, (1, case.H) if case.single_step else (1, 1, case.H))
-        found[STEP] = carrying(step, frame, state)
+        found[STEP] = carrying(step, frame, first_state(case, shape))
         if "out" in inspect.signature(step).parameters:
-            kept = first_state(case, shape)
-            found[IN_PLACE] = lambda: step(frame, kept, out=kept)
+            found[IN_PLACE] = in_place(step, frame, first_state(case, shape))
     found[TORCH] = carrying(called(of[TORCH]), x, first_state(case, shape))
     if not case.single_step:
         try:
@@ -111,7 +116,20 @@ def streams(case: Case) -> dict[str, Callable[[], None]]:
     return found
 
 
-def times(call: Callable[[], None], calls: int, period: float, mode: str) -> list[float]:
+def check_agreement(calls: Mapping[str, Call]) -> None:
+    """Makes a few steps with each and compares the states.
+
+    Raises:
+        PeerDisagrees: they differ.
+    """
+    for _ in range(3):
+        states = {name: first_tensor(call()).flatten() for name, call in calls.items()}
+    for name, state in states.items():
+        if not torch.allclose(state, states[OURS], rtol=0, atol=1e-4):
+            raise PeerDisagrees(f"{name} differs from {OURS} by {(state - states[OURS]).abs().max():.1e}")
+
+
+def times(call: Call, calls: int, period: float, mode: str) -> list[float]:
     """Seconds of each call: one right after the other (TIGHT), or one in each period."""
     taken = []
     due = time.perf_counter()
@@ -132,7 +150,7 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return sorted(values)[-(-len(values) * percent // 100) - 1]
 
 
-def measure(calls: Mapping[str, Callable[[], None]], count: int, period: float) -> dict[str, dict[str, Any]]:
+def measure(calls: Mapping[str, Call], count: int, period: float) -> dict[str, dict[str, Any]]:
     """Median and 99th percentile of each implementation in each mode, measured in blocks in turn."""
     taken: dict[str, dict[str, list[float]]] = {name: {TIGHT: [], ASLEEP: [], AWAKE: []} for name in calls}
     for _ in range(0, count, BLOCK):
@@ -155,7 +173,9 @@ def row(kind: str, H: int, calls: int, period: float) -> dict[str, Any]:
     cell, _, single = kind.partition("-")
     case = Case(cell, 1, 1, H, H, single_step=bool(single))
     with torch.no_grad():
-        measured = measure(streams(case), calls, period)
+        found = streams(case)
+        check_agreement(found)
+        measured = measure(found, calls, period)
     return {"kind": kind, "H": H, "measured": measured}
 
 
