@@ -14,6 +14,7 @@ import torch
 
 import rnnkern
 from rnnkern import _library
+from rnnkern.__main__ import positive
 from rnnkern._bench.machine import cpu_facts, cpu_name, slug
 from rnnkern._bench.probes import MachineProbe, Probes, ProbesUnavailable
 
@@ -60,9 +61,13 @@ def software() -> dict[str, Any]:
     }
 
 
-def environment(identity: dict[str, Any]) -> dict[str, Any]:
-    """The head of every written result; `identity` is what `machine` gave."""
-    return {"machine": identity, "software": software(), "date": datetime.date.today().isoformat()}
+def environment() -> dict[str, Any]:
+    """The head of every written result, taken before the measurement: the load average shows what else runs here."""
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"other work runs here (load average {load:.1f}): threads will wait for each other", file=sys.stderr)
+    date = datetime.date.today().isoformat()
+    return {"machine": machine(), "software": software(), "date": date, "load_before": load}
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -76,6 +81,7 @@ def describe(result: dict[str, Any]) -> str:
             *versions,
             f"rnnkern {software['rnnkern']} ({software['commit']})",
             result["date"],
+            f"load average before {result['load_before']:.1f}",
         ]
     )
 
@@ -97,14 +103,6 @@ def write_json(result: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def load_before() -> float:
-    """The load average, said aloud if something else runs here."""
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"other work runs here (load average {load:.1f}): threads will wait for each other", file=sys.stderr)
-    return load
-
-
 def find_probes() -> Probes | None:
     """The probes, or None, said aloud, where they cannot be compiled."""
     try:
@@ -120,12 +118,5 @@ def probe(probes: Probes | None) -> MachineProbe | None:
 
 
 def chosen_threads(text: str) -> list[int]:
-    """A list such as "2,1", for argparse.
-
-    Raises:
-        ValueError: something else is given.
-    """
-    counts = [int(part) for part in text.split(",")]
-    if min(counts) < 1:
-        raise ValueError(text)
-    return list(dict.fromkeys(counts))
+    """A list of numbers of threads such as "2,1", for argparse."""
+    return list(dict.fromkeys(positive(part) for part in text.split(",")))

@@ -109,16 +109,15 @@ def threads(section: dict[str, Any]) -> str:
 
 
 def probes(section: dict[str, Any]) -> str:
-    """What the machine could do, and what else it did."""
-    text = f"Load average before: {section['load_before']:.1f}."
+    """What the machine could do."""
     before, after = section["probes"]["before"], section["probes"]["after"]
-    if before and after:
-        text += f" Probes before / after: FMA {before['fma_gflops']:.0f} / {after['fma_gflops']:.0f} GFLOP/s"
-        if section["threads"] > 1:
-            text += f" ({before['fma_gflops_1']:.0f} / {after['fma_gflops_1']:.0f} on one thread)"
-            text += f", ping-pong {before['ping_pong_ns']:.0f} / {after['ping_pong_ns']:.0f} ns there and back"
-        text += "."
-    return text
+    if not (before and after):
+        return "Not probed: no floors."
+    text = f"Probes before / after: FMA {before['fma_gflops']:.0f} / {after['fma_gflops']:.0f} GFLOP/s"
+    if section["threads"] > 1:
+        text += f" ({before['fma_gflops_1']:.0f} / {after['fma_gflops_1']:.0f} on one thread)"
+        text += f", ping-pong {before['ping_pong_ns']:.0f} / {after['ping_pong_ns']:.0f} ns there and back"
+    return f"{text}."
 
 
 NOTE = (

@@ -20,14 +20,13 @@ from benchmarks.environment import (
     environment,
     find_probes,
     folder_for,
-    load_before,
-    machine,
     probe,
     write_json,
 )
 from benchmarks.memory import peak_mib
 from benchmarks.peers import PEERS
 from benchmarks.rows import SMOKE, Row, all_rows, check_row, row_runners
+from rnnkern.__main__ import seconds as some_seconds
 from rnnkern._bench.cases import OURS, TORCH
 from rnnkern._bench.probes import MachineProbe, Probes, ceilings
 from rnnkern._bench.timing import compare
@@ -88,7 +87,6 @@ def chosen(rows: Iterable[Row], patterns: Sequence[str]) -> list[Row]:
 
 def run(rows: Sequence[Row], probes: Probes | None, seconds: float, memory: bool) -> dict[str, Any]:
     """Measures the rows on torch's threads; the probes are taken before and after, and floors use those from before."""
-    load = load_before()
     before = probe(probes)
     entries = []
     for number, row in enumerate(rows):
@@ -97,7 +95,6 @@ def run(rows: Sequence[Row], probes: Probes | None, seconds: float, memory: bool
     after = probe(probes)
     return {
         "threads": torch.get_num_threads(),
-        "load_before": load,  # average over the minute before: what else was running
         "probes": {
             "before": dataclasses.asdict(before) if before else None,
             "after": dataclasses.asdict(after) if after else None,
@@ -112,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--only", action="append", default=[], metavar="PATTERN", help="rows whose name holds PATTERN")
     top.add_argument("--smoke", action="store_true", help="a few rows, briefly: shows that measuring works")
     top.add_argument("--list", action="store_true", help="print the rows' names and stop")
-    top.add_argument("--seconds", type=float, metavar="S", help="time for each row (default 2, smoke 0.3)")
+    top.add_argument("--seconds", type=some_seconds, metavar="S", help="time for each row (default 1.5, smoke 0.3)")
     top.add_argument(
         "--threads",
         type=chosen_threads,
@@ -144,10 +141,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not rows:
         print(f"no row matches {' '.join(arguments.only)}: see --list", file=sys.stderr)
         return 2
-    identity = machine()
-    own = identity["threads"]
+    head = environment()
+    own = head["machine"]["threads"]
     first, *others = arguments.threads or ([own] if arguments.smoke or own == 1 else [own, 1])
-    seconds = arguments.seconds or (0.3 if arguments.smoke else 2.0)
+    seconds = arguments.seconds or (0.3 if arguments.smoke else 1.5)
     probes = find_probes()
     torch.set_num_threads(first)
     sections = [run(rows, probes, seconds, memory=not arguments.no_memory)]
@@ -157,8 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sections.append(run(recurrences, probes, seconds, memory=False))
     torch.set_num_threads(own)
     partial = arguments.smoke or arguments.only
-    folder = folder_for(arguments.out or (PARTIAL if partial else RESULTS), identity)
-    report = {**environment(identity), "sections": sections}
+    folder = folder_for(arguments.out or (PARTIAL if partial else RESULTS), head["machine"])
+    report = {**head, "sections": sections}
     write_json(report, folder / "report.json")
     render.write(report, folder)
     print(f"written to {folder}")

@@ -24,21 +24,21 @@ from benchmarks.environment import (
     describe,
     environment,
     folder_for,
-    load_before,
-    machine,
     write_json,
 )
 from benchmarks.onnx_model import onnx_model
 from benchmarks.peers import PeerDisagrees
 from benchmarks.render import table
 from benchmarks.runtimes import BoundSession, PeerUnavailable, onnxruntime_session
+from rnnkern.__main__ import positive
+from rnnkern.__main__ import seconds as some_seconds
 from rnnkern._bench.cases import CELLS, OURS, TORCH, Case, first_tensor, modules
 
 HIDDEN = (64, 128, 256, 512)
 KINDS = ("gru", "lstm", "gru-cell", "lstm-cell")
 STEP, IN_PLACE, RUNTIME = "rnnkern step", "rnnkern step in place", "ONNX Runtime"
 PERIOD = 0.01
-CALLS, BLOCK = 200, 50
+CALLS, BLOCK = 150, 50
 TIGHT, ASLEEP, AWAKE = "tight", "asleep", "awake"
 State = Any  # h, or the pair h, c
 Call = Callable[[], State]
@@ -210,7 +210,7 @@ def markdown(result: dict[str, Any]) -> str:
     for section in result["sections"]:
         lines = [line for entry in section["rows"] for line in figures(entry)]
         threads = f"{section['threads']} thread" + ("s" if section["threads"] > 1 else "")
-        parts += [f"## {threads}", f"Load average before: {section['load_before']:.1f}.", table(head, lines)]
+        parts += [f"## {threads}", table(head, lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -218,11 +218,17 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.split("\n")[0])
     top.add_argument("--only", choices=KINDS, action="append", help="this module alone; may be repeated")
-    top.add_argument("--H", type=int, action="append", metavar="N", help=f"this size alone (default {HIDDEN})")
+    top.add_argument("--H", type=positive, action="append", metavar="N", help=f"this size alone (default {HIDDEN})")
     top.add_argument(
-        "--calls", type=int, default=CALLS, metavar="N", help=f"calls every period, by {BLOCK} (default %(default)s)"
+        "--calls",
+        type=positive,
+        default=CALLS,
+        metavar="N",
+        help=f"calls every period, by {BLOCK} (default %(default)s)",
     )
-    top.add_argument("--period", type=float, default=PERIOD, metavar="S", help="between calls (default %(default)s)")
+    top.add_argument(
+        "--period", type=some_seconds, default=PERIOD, metavar="S", help="between calls (default %(default)s)"
+    )
     top.add_argument(
         "--threads", type=chosen_threads, metavar="N,...", help="torch's threads (default: its own choice)"
     )
@@ -237,20 +243,21 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = parser().parse_args(argv)
-    identity = machine()
+    head = environment()
+    own = head["machine"]["threads"]
     sections = []
-    for threads in arguments.threads or [identity["threads"]]:
+    for threads in arguments.threads or [own]:
         torch.set_num_threads(threads)
-        section: dict[str, Any] = {"threads": threads, "load_before": load_before(), "rows": []}
+        section: dict[str, Any] = {"threads": threads, "rows": []}
         for kind in arguments.only or KINDS:
             for H in arguments.H or HIDDEN:
                 section["rows"].append(row(kind, H, arguments.calls, arguments.period))
                 print("\n".join("  ".join(line) for line in figures(section["rows"][-1])), flush=True)
         sections.append(section)
-    torch.set_num_threads(identity["threads"])
-    result = {**environment(identity), "period": arguments.period, "sections": sections}
+    torch.set_num_threads(own)
+    result = {**head, "period": arguments.period, "sections": sections}
     partial = arguments.only or arguments.H or arguments.calls < CALLS or arguments.period != PERIOD
-    folder = folder_for(arguments.out or (PARTIAL if partial else RESULTS), identity)
+    folder = folder_for(arguments.out or (PARTIAL if partial else RESULTS), head["machine"])
     write_json(result, folder / "streaming.json")
     (folder / "streaming.md").write_text(markdown(result))
     print(f"written to {folder}")

@@ -22,12 +22,12 @@ from benchmarks.environment import (
     environment,
     find_probes,
     folder_for,
-    load_before,
-    machine,
     probe,
     write_json,
 )
 from benchmarks.render import milliseconds, table
+from rnnkern.__main__ import positive
+from rnnkern.__main__ import seconds as some_seconds
 from rnnkern._bench.cases import CELLS, OURS, TORCH, Case, runners
 from rnnkern._bench.floors import GATES
 from rnnkern._bench.probes import MachineProbe, ceilings
@@ -112,17 +112,17 @@ def line(entry: dict[str, Any]) -> str:
 
 def run(cases: Sequence[Case], seconds: float, budget: float) -> dict[str, Any]:
     """Measures shapes on torch's threads until the budget is spent, printing as it goes."""
-    load, start = load_before(), time.perf_counter()
     now = probe(find_probes())
+    start = time.perf_counter()
     entries: list[dict[str, Any]] = []
     for case in cases:
-        if time.perf_counter() - start > budget:
+        if entries and time.perf_counter() - start > budget:
             print(f"the time is spent after {len(entries)} of {len(cases)} shapes", file=sys.stderr)
             break
         entries.append(measure(case, now, seconds))
         print(f"[{len(entries)}/{len(cases)}] {line(entries[-1])}", flush=True)
     entries.sort(key=lambda entry: entry["ratio"])
-    return {"threads": torch.get_num_threads(), "load_before": load, "shapes": entries}
+    return {"threads": torch.get_num_threads(), "shapes": entries}
 
 
 def lost(section: dict[str, Any]) -> list[dict[str, Any]]:
@@ -162,11 +162,15 @@ def markdown(result: dict[str, Any]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.split("\n")[0])
-    top.add_argument("--count", type=int, default=COUNT, metavar="N", help="shapes (default %(default)s)")
+    top.add_argument("--count", type=positive, default=COUNT, metavar="N", help="shapes (default %(default)s)")
     top.add_argument("--seed", type=int, default=SEED, metavar="N", help="which shapes (default %(default)s)")
     top.add_argument("--only", action="append", metavar="NAME", help="this shape and no random one; may be repeated")
-    top.add_argument("--each", type=float, default=0.5, metavar="S", help="time for a shape (default %(default)s)")
-    top.add_argument("--seconds", type=float, default=600, metavar="S", help="time for all, each time (default 600)")
+    top.add_argument(
+        "--each", type=some_seconds, default=0.3, metavar="S", help="time for a shape (default %(default)s)"
+    )
+    top.add_argument(
+        "--seconds", type=some_seconds, default=600, metavar="S", help="time for all, each time (default 600)"
+    )
     top.add_argument(
         "--threads", type=chosen_threads, metavar="N,...", help="torch's threads (default: its own choice)"
     )
@@ -187,15 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m benchmarks.sweep: error: {error}", file=sys.stderr)
         return 2
     cases = cases or list(random_cases(arguments.count, arguments.seed))
-    identity = machine()
+    head = environment()
+    own = head["machine"]["threads"]
     sections = []
-    for threads in arguments.threads or [identity["threads"]]:
+    for threads in arguments.threads or [own]:
         torch.set_num_threads(threads)
         sections.append(run(cases, arguments.each, arguments.seconds))
-    torch.set_num_threads(identity["threads"])
-    result = {**environment(identity), "seed": arguments.seed, "sections": sections}
+    torch.set_num_threads(own)
+    result = {**head, "seed": arguments.seed, "sections": sections}
     complete = not arguments.only and all(len(section["shapes"]) >= COUNT for section in sections)
-    folder = folder_for(arguments.out or (RESULTS if complete else PARTIAL), identity)
+    folder = folder_for(arguments.out or (RESULTS if complete else PARTIAL), head["machine"])
     write_json(result, folder / "sweep.json")
     (folder / "sweep.md").write_text(markdown(result))
     for section in sections:

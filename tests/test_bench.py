@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from benchmarks import environment, render, report
 from benchmarks.rows import SMOKE, all_rows
+from rnnkern import _library
 from rnnkern._bench.cases import OURS, TORCH, Case, first_tensor, modules, runners
 from rnnkern._bench.floors import CacheLevel, Ceilings, floor_seconds
 from rnnkern._bench.probes import MachineProbe, Probes, ProbesUnavailable, ceilings
@@ -78,6 +82,23 @@ def test_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ProbesUnavailable, match="no-such-compiler"):
         Probes()
+
+
+@pytest.mark.parametrize(("isa", "narrow"), [("avx2", True), ("avx512", False)])
+def test_probes_use_the_vectors_of_the_engines(isa: str, narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        pytest.skip("no C++ compiler")
+    commands: list[list[str]] = []
+
+    def refuse(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=1, stderr="")
+
+    monkeypatch.setattr("subprocess.run", refuse)
+    monkeypatch.setattr(_library, "extension", SimpleNamespace(get_isa=lambda: isa))
+    with pytest.raises(ProbesUnavailable):
+        Probes()
+    assert ("-mno-avx512f" in commands[0]) == narrow
 
 
 def test_ceilings_take_the_probe() -> None:
@@ -186,13 +207,14 @@ def entry(name: str, ratio: float, kind: str = "recurrence") -> dict[str, Any]:
 
 def make_report(*sections: list[dict[str, Any]]) -> dict[str, Any]:
     found = [
-        {"threads": 2 - number, "load_before": 0.1, "probes": {"before": None, "after": None}, "rows": rows}
+        {"threads": 2 - number, "probes": {"before": None, "after": None}, "rows": rows}
         for number, rows in enumerate(sections)
     ]
     return {
         "machine": {"cpu": "Some CPU", "threads": 2},
         "software": {"isa": "avx2", "torch": "2.13.0", "rnnkern": "0.1.0", "commit": "abc"},
         "date": "2026-01-01",
+        "load_before": 0.1,
         "sections": found,
     }
 
