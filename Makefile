@@ -28,11 +28,12 @@ cpp := $(shell find csrc rnnkern/_bench -name '*.h' -o -name '*.cpp' -o -name '*
 alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-directory
 comma := ,
 
-.PHONY: help demo test bench build lint format ctest asan tsan sanitize tools check clean distclean FORCE
+.PHONY: help demo test bench sweep streaming build lint format ctest asan tsan sanitize tools check clean distclean FORCE
 help:
 	@echo 'make demo       train, test and show the grapheme-to-phoneme example on our kernels'
 	@echo 'make test       run every Python test'
-	@echo 'make bench      measure against torch.nn, write benchmarks/results/ (ARGS=--smoke: a few rows)'
+	@echo 'make bench      measure against torch.nn and others, write benchmarks/results/ (ARGS=--smoke: a few rows)'
+	@echo 'make sweep      random shapes against torch.nn; make streaming measures calls of one step'
 	@echo 'make build      make the environment ($(VENV)) and build the extension into it'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what they can'
 	@echo 'make ctest      the C++ tests; make sanitize runs them under ASan + UBSan and under TSan'
@@ -46,6 +47,9 @@ test: build
 
 bench: build
 	@$(python) -m benchmarks.report $(ARGS)
+
+sweep streaming: build
+	@$(python) -m benchmarks.$@ $(ARGS)
 
 build:
 	$(alone) $(VENV)/.stamp-build

@@ -1,4 +1,4 @@
-"""Attention workloads: ours, the formula in eager torch and, for the dot product, torch's fused attention."""
+"""Attention workloads: ours, the formula in eager torch, and torch's fused dot product or the compiled additive one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +8,10 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
 import rnnkern
+from benchmarks.runtimes import PeerUnavailable
 from rnnkern._bench.cases import OURS
 
-EAGER, SDPA = "eager", "sdpa"
+EAGER, COMPILED, SDPA = "eager", "torch.compile", "sdpa"
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,30 @@ class AttentionCase:
         scale = self.D**-0.25  # scores of about one, as in a trained model
         return [torch.randn(s, generator=generator).mul_(scale).requires_grad_(self.training) for s in shapes]
 
-    def runners(self) -> dict[str, Callable[[], object]]:
-        """What to compare, ours first."""
+    def builders(self) -> dict[str, Callable[[], Callable[[], object]]]:
+        """What builds each implementation, ours first; PeerUnavailable where it cannot run here."""
         functions = ADDITIVE if self.score == "additive" else DOT
-        return {name: self._runner(function) for name, function in functions.items()}
+        found: dict[str, Callable[[], Callable[[], object]]] = {
+            name: lambda function=function: self._runner(function) for name, function in functions.items()
+        }
+        if self.score == "additive":
+            found[COMPILED] = self._compiled
+        return found
 
     def _runner(self, function: Callable[..., Tensor]) -> Callable[[], object]:
         inputs = self.inputs()
         if not self.training:
-
-            def forward() -> Tensor:
-                with torch.no_grad():
-                    return function(*inputs)
-
-            return forward
+            return lambda: function(*inputs)
         gradient = torch.ones(self.B, self.Tq, self.D)
         return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)
+
+    def _compiled(self) -> Callable[[], object]:
+        run = self._runner(torch.compile(eager_additive, dynamic=False))
+        try:
+            run()  # it compiles at the first call
+        except Exception as error:  # of many types: no compiler, no headers, a compiler that fails
+            raise PeerUnavailable(str(error).strip().split("\n")[0]) from error
+        return run
 
 
 def our_additive(query: Tensor, key: Tensor, value: Tensor, vector: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.attention import AttentionCase
-from benchmarks.rows import Row, row_runners
+from benchmarks.rows import Row, row_builders
 
 
 def status_kib(field: str) -> int:
@@ -24,8 +24,8 @@ def measure_here(row: Row, implementation: str, threads: int) -> float:
     """MiB that a run takes at its peak over what was there before: outputs, workspaces and, in training, gradients."""
     torch.set_num_threads(threads)
     tiny = replace(row, B=1, Tq=1, Tk=2, D=16) if isinstance(row, AttentionCase) else replace(row, B=1, T=1, I=16, H=16)
-    row_runners(tiny)[implementation]()  # libraries and threads start
-    function = row_runners(row)[implementation]
+    row_builders(tiny)[implementation]()()  # libraries and threads start
+    function = row_builders(row)[implementation]()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
     before = status_kib("VmRSS")

@@ -1,14 +1,24 @@
-"""The report as JSON, as Markdown tables, as plots, and as a block of the README."""
+"""The report as Markdown tables and as a block of the README; plots.py draws it."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from rnnkern._bench.cases import OURS, TORCH
+from benchmarks import plots
+from benchmarks.environment import describe
+from rnnkern._bench.cases import CELLS, OURS
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 NOTHING = "No result is committed yet. `make bench` measures your machine."
-TITLES = {"rnn_tanh": "RNN", "rnn_relu": "RNN, relu", "gru": "GRU", "lstm": "LSTM"}
+KINDS = {
+    "recurrence": "Recurrence",
+    "low precision": "Low precision",
+    "ragged": "Rows of different lengths",
+    "attention": "Attention",
+}
+MODES = {False: "forward", True: "forward and backward"}
+PADDED = "rnnkern padded"
+Entry = dict[str, Any]
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -19,166 +29,134 @@ def milliseconds(seconds: float | None) -> str:
     return f"{value:.4f}" if value < 0.1 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def workload(case: dict[str, Any]) -> str:
-    """A recurrence in words."""
-    if case["single_step"]:
-        return f"{TITLES[case['cell']]}Cell, B={case['B']}, H={case['H']}"
-    stacked = f"{case['layers']} layers, " if case["layers"] > 1 else ""
-    both = "bidirectional, " if case["bidirectional"] else ""
-    return f"{TITLES[case['cell']]}, {stacked}{both}T={case['T']}, B={case['B']}, H={case['H']}"
-
-
-def pairs(report: dict[str, Any], kind: str) -> list[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-    """Rows of a kind that differ in `training` alone, as (case, {"eval": row, "train": row})."""
-    found: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {}
-    for row in report["rows"]:
-        if row["kind"] == kind:
-            stem, mode = row["name"].rsplit("-", 1)
-            found.setdefault(stem, (row["case"], {}))[1][mode] = row
-    return list(found.values())
-
-
-def cells_of(row: dict[str, Any] | None, peer: str, memory: bool) -> list[str]:
-    """A row's cells: peer's time, our time, ratio, percent of the floor, and memory as ours / peer's."""
-    if row is None or peer not in row["ratio"]:
-        return [""] * (5 if memory else 4)
-    ours, floor = row["seconds"][OURS], row["floor_seconds"]
-    cells = [
-        milliseconds(row["seconds"][peer]),
-        milliseconds(ours),
-        f"{row['ratio'][peer]:.2f}",
-        f"{100 * floor / ours:.0f}%" if floor else "",
-    ]
-    if memory:
-        peak = row["peak_mib"] or {}
-        known = peak.get(OURS) is not None and peak.get(peer) is not None
-        cells.append(f"{peak[OURS]:.1f} / {peak[peer]:.1f}" if known else "")
-    return cells
+def workload(entry: Entry) -> str:
+    """A row in words."""
+    case = entry["case"]
+    if entry["kind"] == "attention":
+        return f"{case['score']}, B={case['B']}, Tq={case['Tq']}, Tk={case['Tk']}, D={case['D']}"
+    parts = [CELLS[case["cell"]] + ("Cell" if case["single_step"] else "")]
+    if case["cell"] == "rnn_relu":
+        parts.append("relu")
+    if case["layers"] > 1:
+        parts.append(f"{case['layers']} layers")
+    if case["bidirectional"]:
+        parts.append("bidirectional")
+    if not case["single_step"]:
+        parts.append(f"T={case['T']}")
+    parts += [f"B={case['B']}"] + ([f"I={case['I']}"] if case["I"] != case["H"] else []) + [f"H={case['H']}"]
+    if entry["kind"] == "low precision":
+        parts.append(case["dtype"].removeprefix("torch."))
+    if entry["kind"] == "ragged":
+        parts.append("`lengths=`" if case["ragged"] == "lengths" else "PackedSequence")
+    return ", ".join(parts)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
+    """A Markdown table; the first column is text, the others are figures. Columns without a figure are left out."""
+    kept = [column for column in range(len(head)) if column == 0 or any(row[column] for row in rows)]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return "\n".join("| " + " | ".join(cells[column] for column in kept) + " |" for cells in lines)
 
 
-def recurrence_table(report: dict[str, Any], memory: bool) -> str:
-    """Every recurrence against torch.nn."""
-    columns = [TORCH, OURS, "times faster", "of the floor"] + (["MiB, ours / torch"] if memory else [])
-    rows = [
-        [workload(case), *cells_of(modes.get("eval"), TORCH, memory), *cells_of(modes.get("train"), TORCH, memory)]
-        for case, modes in pairs(report, "recurrence")
-    ]
-    head = ["", *(f"fwd: {c}" for c in columns), *(f"fwd+bwd: {c}" for c in columns)]
-    return table(head, rows)
+def share_cost(entry: Entry) -> str:
+    """What a ragged row costs, as a part of its share of the padded run's time; 1.00 is a run without waste."""
+    ratio = entry["ratio"].get(PADDED)
+    return f"{1 / (ratio * entry['valid_share']):.2f}" if ratio else ""
 
 
-def attention_table(report: dict[str, Any]) -> str:
-    """Attention against every peer, memory included."""
+def memory(entry: Entry) -> str:
+    """Peaks in MiB, ours first."""
+    peaks = (entry["peak_mib"] or {}).values()
+    return " / ".join("?" if peak is None else f"{peak:.1f}" for peak in peaks)
+
+
+def entries_table(entries: list[Entry], with_memory: bool) -> str:
+    """One row per entry: our time, how many times faster we are than each peer, our part of the floor's speed."""
+    peers = list(dict.fromkeys(peer for entry in entries for peer in entry["ratio"]))
+    measured = next((list(entry["peak_mib"]) for entry in entries if entry["peak_mib"]), [])
+    head = ["", f"{OURS}, ms", *(f"x {peer}" for peer in peers), "of the floor", "of its share"]
+    head.append(f"MiB, {' / '.join(measured)}")
     rows = []
-    for case, modes in pairs(report, "attention"):
-        title = f"{case['score']}, B={case['B']}, Tq={case['Tq']}, Tk={case['Tk']}, D={case['D']}"
-        peers = list(next(iter(modes.values()))["ratio"])
-        for peer in peers:
-            cells = []
-            for mode in ("eval", "train"):
-                taken = cells_of(modes.get(mode), peer, memory=True)
-                cells += taken[:3] + taken[4:]
-            rows.append([title, peer, *cells])
-    columns = ["peer", OURS, "times faster", "MiB, ours / peer"]
-    head = ["", "peer", *(f"fwd: {c}" for c in columns), *(f"fwd+bwd: {c}" for c in columns)]
+    for entry in entries:
+        ours, floor = entry["seconds"][OURS], entry["floor_seconds"]
+        rows.append(
+            [
+                workload(entry),
+                milliseconds(ours),
+                *(f"{entry['ratio'][peer]:.2f}" if peer in entry["ratio"] else "" for peer in peers),
+                f"{100 * floor / ours:.0f}%" if floor else "",
+                share_cost(entry),
+                memory(entry) if with_memory else "",
+            ]
+        )
     return table(head, rows)
 
 
-def facts(report: dict[str, Any]) -> str:
-    """Where and with what it was measured."""
-    machine, software = report["machine"], report["software"]
-    before, after = report["probes"]["before"], report["probes"]["after"]
-    text = (
-        f"{machine['cpu']}, {machine['threads']} threads, {software['isa'] or 'eager reference'}; "
-        f"torch {software['torch']}, rnnkern {software['rnnkern']} ({software['commit']}), {report['date']}; "
-        f"load average before {report['load_before']:.1f}."
-    )
-    if before and after:
-        text += (
-            f" Probes before / after: FMA {before['fma_gflops_1']:.0f} / {after['fma_gflops_1']:.0f} GFLOP/s on one "
-            f"thread, {before['fma_gflops']:.0f} / {after['fma_gflops']:.0f} on all; "
-            f"ping-pong {before['ping_pong_ns']:.0f} / {after['ping_pong_ns']:.0f} ns there and back."
-        )
-    return text
+def section_tables(section: dict[str, Any], with_memory: bool) -> list[str]:
+    """A section's tables, each under a line that says what it holds."""
+    parts = []
+    for kind, title in KINDS.items():
+        for training, mode in MODES.items():
+            chosen = [e for e in section["rows"] if e["kind"] == kind and e["case"]["training"] == training]
+            if chosen:
+                parts += [f"**{title}, {mode}, {threads(section)}**", entries_table(chosen, with_memory)]
+    return parts
+
+
+def threads(section: dict[str, Any]) -> str:
+    """The number of threads in words."""
+    return f"{section['threads']} thread" + ("s" if section["threads"] > 1 else "")
+
+
+def probes(section: dict[str, Any]) -> str:
+    """What the machine could do."""
+    before, after = section["probes"]["before"], section["probes"]["after"]
+    if not (before and after):
+        return "Not probed: no floors."
+    text = f"Probes before / after: FMA {before['fma_gflops']:.0f} / {after['fma_gflops']:.0f} GFLOP/s"
+    if section["threads"] > 1:
+        text += f" ({before['fma_gflops_1']:.0f} / {after['fma_gflops_1']:.0f} on one thread)"
+        text += f", ping-pong {before['ping_pong_ns']:.0f} / {after['ping_pong_ns']:.0f} ns there and back"
+    return f"{text}."
 
 
 NOTE = (
-    "Float32, times in ms, medians of interleaved runs; `times faster` is the median of the paired ratios; below 1, "
-    "we are slower. `of the floor` is the speed we reach as a part of the machine's limit (`rnnkern/_bench/floors.py`)."
+    "Float32 unless said, medians of interleaved runs in one process. `x peer` is how many times faster we are than "
+    "the peer, the median of the paired ratios; below 1, we are slower. ONNX Runtime and OpenVINO run with as many "
+    "threads as torch, on bound inputs and outputs. `of the floor` is the speed we reach as a part of the machine's "
+    "limit (`rnnkern/_bench/floors.py`). `of its share` is our time over (valid steps / padded steps) x our padded "
+    "time: 1.00 wastes nothing; torch.nn gets the same rows as a PackedSequence."
 )
 
 
 def markdown(report: dict[str, Any]) -> str:
     """The whole report."""
-    parts = [f"# {report['machine']['cpu']}, {report['machine']['threads']} threads", facts(report), NOTE]
-    if pairs(report, "recurrence"):
-        parts += ["## Recurrence", recurrence_table(report, memory=bool(report["rows"][0]["peak_mib"]))]
-    if pairs(report, "attention"):
-        parts += ["## Attention", attention_table(report)]
+    parts = [f"# {report['machine']['cpu']}", f"{describe(report)}.", NOTE]
+    for section in report["sections"]:
+        parts += [f"## {threads(section)}", probes(section), *section_tables(section, with_memory=True)]
     return "\n\n".join(parts) + "\n"
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """Writes report.json, report.md and the plots."""
+    """Writes report.md and the plots."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "report.md").write_text(markdown(report))
-    plot(report, folder)
-
-
-def plot(report: dict[str, Any], folder: Path) -> None:
-    """speedup.png (every peer of every row) and floor.png."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    colours = {"eval": "tab:blue", "train": "tab:orange"}
-
-    def bars(values: list[tuple[str, str, float]], title: str, file: str, log: bool) -> None:
-        if not values:
-            return
-        start = 1 if log else 0  # a loss points to the left
-        figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * len(values)))
-        places = range(len(values))
-        lengths = [value - start for _, _, value in values]
-        axes.barh(places, lengths, left=start, color=[colours[mode] for _, mode, _ in values])
-        axes.set_yticks(places, [label for label, _, _ in values], fontsize=7)
-        axes.invert_yaxis()
-        axes.margins(y=0.01)
-        if log:
-            axes.set_xscale("log")
-            axes.axvline(1, color="black", linewidth=1)
-        axes.set_xlabel(title)
-        axes.legend([plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()], colours)
-        figure.tight_layout()
-        figure.savefig(folder / file, dpi=120)
-        plt.close(figure)
-
-    speedups, shares = [], []
-    for row in report["rows"]:
-        mode = row["name"].rsplit("-", 1)[1]
-        speedups += [(f"{row['name']} / {peer}", mode, ratio) for peer, ratio in row["ratio"].items()]
-        if row["floor_seconds"]:
-            shares.append((row["name"], mode, 100 * row["floor_seconds"] / row["seconds"][OURS]))
-    machine = f"{report['machine']['cpu']}, {report['machine']['threads']} threads"
-    bars(speedups, f"times faster than the peer ({machine})", "speedup.png", log=True)
-    bars(shares, f"% of the floor's speed ({machine})", "floor.png", log=False)
+    plots.draw(report, folder)
 
 
 def readme_block(results: Path) -> str:
-    """What stands between the markers: the tables of every committed machine."""
+    """What stands between the markers: every committed machine's first section, and links to all the rest."""
     parts = []
     for written in sorted(results.glob("*/report.json")):
         report = json.loads(written.read_text())
-        parts += [f"**{facts(report)}**", recurrence_table(report, memory=False), attention_table(report)]
-        parts.append(f"[Full report](benchmarks/results/{written.parent.name}/report.md)")
+        folder = f"benchmarks/results/{written.parent.name}"
+        first, *others = report["sections"]
+        parts += [f"**{describe(report)}.** {probes(first)}", *section_tables(first, with_memory=False)]
+        more = "".join(f", {threads(section)}" for section in others)
+        links = [f"[Full report]({folder}/report.md) (with memory{more})"]
+        names = {"streaming.md": "calls of one step, in a loop and every 10 ms", "sweep.md": "random shapes"}
+        links += [f"[{title}]({folder}/{name})" for name, title in names.items() if (written.parent / name).exists()]
+        parts.append(", ".join(links) + ".")
     return "\n\n".join([*parts, NOTE] if parts else [NOTHING])
 
 

@@ -2,12 +2,7 @@
 
 import argparse
 import dataclasses
-import datetime
 import fnmatch
-import json
-import os
-import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,82 +10,63 @@ from typing import Any
 
 import torch
 
-import rnnkern
 from benchmarks import render
-from benchmarks.attention import AttentionCase
+from benchmarks.attention import EAGER, SDPA, AttentionCase
+from benchmarks.environment import (
+    PARTIAL,
+    RESULTS,
+    ROOT,
+    chosen_threads,
+    environment,
+    find_probes,
+    folder_for,
+    probe,
+    write_json,
+)
 from benchmarks.memory import peak_mib
-from benchmarks.rows import SMOKE, Row, all_rows, row_runners
-from rnnkern import _library
-from rnnkern._bench.cases import OURS
-from rnnkern._bench.machine import cpu_facts, cpu_name, slug
-from rnnkern._bench.probes import MachineProbe, Probes, ProbesUnavailable, ceilings
+from benchmarks.peers import PEERS
+from benchmarks.rows import SMOKE, Row, all_rows, check_row, row_runners
+from rnnkern.__main__ import seconds as some_seconds
+from rnnkern._bench.cases import OURS, TORCH
+from rnnkern._bench.probes import MachineProbe, Probes, ceilings
 from rnnkern._bench.timing import compare
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+MEMORY_OF = (OURS, TORCH, EAGER, SDPA)
+# After a call the threads of a runtime, and torch's, spin for some milliseconds on cores that the next one needs.
+REST_SECONDS = 0.01
 
 
-def machine() -> dict[str, Any]:
-    """What identifies the hardware: results of two different machines never share a folder."""
-    facts = cpu_facts()
-    return {
-        "cpu": cpu_name(),
-        "signature": "/".join(facts.get(key, "") for key in ("vendor_id", "cpu family", "model", "stepping")),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def software() -> dict[str, Any]:
-    """Versions, and the commit if the tree is a clone."""
-    extension = _library.extension
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "rnnkern": rnnkern.__version__,
-        "commit": git.stdout.strip() or None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "isa": extension.get_isa() if extension is not None else None,
-        "compiler": extension.build_info()["compiler"] if extension is not None else None,
-    }
-
-
-def folder_for(where: Path, identity: dict[str, Any]) -> Path:
-    """The folder of this machine under `where`: its name, numbered if another machine of that name was there first."""
-    number = 1
-    while True:
-        folder = where / (slug() if number == 1 else f"{slug()}-{number}")
-        written = folder / "report.json"
-        if not written.exists() or json.loads(written.read_text())["machine"] == identity:
-            return folder
-        number += 1
-
-
-def probe(probes: Probes | None) -> MachineProbe | None:
-    """The ceilings at this moment."""
-    return probes.measure(torch.get_num_threads()) if probes is not None else None
+def kind(row: Row) -> str:
+    """The table that the row stands in."""
+    if isinstance(row, AttentionCase):
+        return "attention"
+    if row.ragged:
+        return "ragged"
+    return "recurrence" if row.dtype == torch.float32 else "low precision"
 
 
 def measure(row: Row, now: MachineProbe | None, seconds: float, memory: bool) -> dict[str, Any]:
     """One row of the report."""
-    functions = row_runners(row)
-    result = compare(functions, seconds=seconds)
+    with torch.set_grad_enabled(row.training):
+        functions = row_runners(row)
+        check_row(row, functions)
+        apart = torch.get_num_threads() > 1 and any(name in PEERS and PEERS[name].own_threads for name in functions)
+        result = compare(functions, seconds=seconds, rest=REST_SECONDS if apart else 0.0)
     peers = [name for name in functions if name != OURS]
     del functions
-    floor = None
-    if now is not None and not isinstance(row, AttentionCase):
-        floor = row.floor(ceilings(now))
+    recurrence = not isinstance(row, AttentionCase)
     return {
         "name": row.name,
-        "kind": "attention" if isinstance(row, AttentionCase) else "recurrence",
-        "case": {key: value for key, value in dataclasses.asdict(row).items() if key != "dtype"},
+        "kind": kind(row),
+        "case": {key: str(v) if key == "dtype" else v for key, v in dataclasses.asdict(row).items()},
         "seconds": {name: result.median(name) for name in result.samples},
         "best_seconds": {name: result.best(name) for name in result.samples},
         "ratio": {peer: result.ratio(peer, OURS) for peer in peers},
         "ratio_quartiles": {peer: result.ratio_range(peer, OURS) for peer in peers},
         "rounds": len(result.samples[OURS]),
-        "floor_seconds": floor,
-        "peak_mib": {name: peak_mib(row, name) for name in result.samples} if memory else None,
+        "floor_seconds": row.floor(ceilings(now)) if recurrence and now is not None else None,
+        "valid_share": row.valid_share() if recurrence else 1.0,
+        "peak_mib": {name: peak_mib(row, name) for name in result.samples if name in MEMORY_OF} if memory else None,
     }
 
 
@@ -109,16 +85,8 @@ def chosen(rows: Iterable[Row], patterns: Sequence[str]) -> list[Row]:
     return [row for row in rows if not whole or any(fnmatch.fnmatchcase(row.name, pattern) for pattern in whole)]
 
 
-def run(rows: Sequence[Row], seconds: float, memory: bool) -> dict[str, Any]:
-    """Measures the rows; the probes are taken before and after, and floors use those taken before."""
-    try:
-        probes = Probes()
-    except ProbesUnavailable as error:
-        print(f"no floors: {error}", file=sys.stderr)
-        probes = None
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"other work runs here (load average {load:.1f}): threads will wait for each other", file=sys.stderr)
+def run(rows: Sequence[Row], probes: Probes | None, seconds: float, memory: bool) -> dict[str, Any]:
+    """Measures the rows on torch's threads; the probes are taken before and after, and floors use those from before."""
     before = probe(probes)
     entries = []
     for number, row in enumerate(rows):
@@ -126,10 +94,7 @@ def run(rows: Sequence[Row], seconds: float, memory: bool) -> dict[str, Any]:
         print(f"[{number + 1}/{len(rows)}] {line(entries[-1])}", flush=True)
     after = probe(probes)
     return {
-        "machine": machine(),
-        "software": software(),
-        "date": datetime.date.today().isoformat(),
-        "load_before": load,  # average over the minute before: what else was running
+        "threads": torch.get_num_threads(),
         "probes": {
             "before": dataclasses.asdict(before) if before else None,
             "after": dataclasses.asdict(after) if after else None,
@@ -144,8 +109,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--only", action="append", default=[], metavar="PATTERN", help="rows whose name holds PATTERN")
     top.add_argument("--smoke", action="store_true", help="a few rows, briefly: shows that measuring works")
     top.add_argument("--list", action="store_true", help="print the rows' names and stop")
-    top.add_argument("--seconds", type=float, metavar="S", help="time for each row (default 2.5, smoke 0.3)")
-    top.add_argument("--threads", type=int, metavar="N", help="torch's threads (default: torch's own choice)")
+    top.add_argument("--seconds", type=some_seconds, metavar="S", help="time for each row (default 1.5, smoke 0.3)")
+    top.add_argument(
+        "--threads",
+        type=chosen_threads,
+        metavar="N,...",
+        help="torch's threads, one section each (default: torch's own choice, then 1; smoke: torch's own choice); "
+        "attention and memory are measured in the first section only",
+    )
     top.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     top.add_argument(
         "--out",
@@ -166,17 +137,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.update_readme:
         render.update_readme(ROOT / "README.md", RESULTS)
         return 0
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
     rows = chosen([row for row in rows if row.name in SMOKE] if arguments.smoke else rows, arguments.only)
     if not rows:
         print(f"no row matches {' '.join(arguments.only)}: see --list", file=sys.stderr)
         return 2
-    seconds = arguments.seconds or (0.3 if arguments.smoke else 2.5)
-    report = run(rows, seconds, memory=not arguments.no_memory)
+    head = environment()
+    own = head["machine"]["threads"]
+    first, *others = arguments.threads or ([own] if arguments.smoke or own == 1 else [own, 1])
+    seconds = arguments.seconds or (0.3 if arguments.smoke else 1.5)
+    probes = find_probes()
+    torch.set_num_threads(first)
+    sections = [run(rows, probes, seconds, memory=not arguments.no_memory)]
+    for threads in others:
+        torch.set_num_threads(threads)
+        recurrences = [row for row in rows if not isinstance(row, AttentionCase)]
+        sections.append(run(recurrences, probes, seconds, memory=False))
+    torch.set_num_threads(own)
     partial = arguments.smoke or arguments.only
-    where = arguments.out or (ROOT / "build" / "benchmarks" if partial else RESULTS)
-    folder = folder_for(where, report["machine"])
+    folder = folder_for(arguments.out or (PARTIAL if partial else RESULTS), head["machine"])
+    report = {**head, "sections": sections}
+    write_json(report, folder / "report.json")
     render.write(report, folder)
     print(f"written to {folder}")
     return 0

@@ -1,33 +1,48 @@
-"""What the report measures: every row, by name."""
+"""What the report measures: every row, by name, and the functions that a row compares."""
 
-from collections.abc import Callable, Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
-from benchmarks.attention import AttentionCase
-from rnnkern._bench.cases import Case
-from rnnkern._bench.cases import runners as recurrence_runners
+import torch
 
-# T, B, H; input size = H.
+from benchmarks.attention import AttentionCase
+from benchmarks.peers import TOLERANCES, Build, check_agreement, recurrence_builders, tolerance
+from benchmarks.runtimes import PeerUnavailable
+from rnnkern._bench.cases import Case
+
+# T, B, H; input size = H. Each in both cells, forward and training.
 GRU_LSTM = [
     (1, 1, 64),
     (1, 1, 256),
     (1, 1, 512),
+    (7, 100, 256),
     (100, 1, 256),
     (100, 1, 512),
     (100, 1, 1024),
-    (100, 8, 256),
-    (100, 32, 256),
+    *((100, B, 256) for B in (2, 4, 8, 12, 32, 48)),
+    *((100, 32, H) for H in (100, 200, 320, 650)),
     (100, 64, 512),
     (50, 64, 1024),
     (1000, 1, 128),
     (1000, 16, 128),
+    (2000, 1, 128),
 ]
+OTHER_INPUT = [(100, 32, 80, 256), (100, 32, 512, 128)]  # T, B, I, H
 RNN = [(100, 1, 256), (100, 32, 256), (100, 64, 512), (1000, 1, 128)]
+# T, B, H; forward only.
+LOW_PRECISION = {
+    torch.bfloat16: [(100, 32, 256), (100, 64, 512), (50, 64, 1024), (100, 1, 512), (100, 1, 1024)],
+    torch.float16: [(100, 32, 256), (100, 1, 512)],
+}
 SMOKE = (
     "lstm-T1-B1-H256-eval",
     "gru-T100-B1-H256-eval",
     "lstm-T100-B8-H256-train",
     "rnn_tanh-T100-B32-H256-train",
+    "lstm-T100-B32-H256-packed-eval",
+    "gru-T100-B32-H256-bfloat16-eval",
     "lstm-cell-B64-H256-eval",
     "additive-B32-Tq1-Tk50-D512-train",
     "dot-B32-Tq50-Tk50-D512-eval",
@@ -37,20 +52,30 @@ Row = Case | AttentionCase
 
 
 def all_rows() -> Iterator[Row]:
-    """Every row, forward and then forward and backward."""
-    for row in _forward_rows():
-        yield row
+    """Every row. Training first: torch's time depends on what the process did before, least on this fixed order."""
+    for row in _both_modes():
         yield replace(row, training=True)
+    yield from _both_modes()
+    for dtype, sizes in LOW_PRECISION.items():
+        for T, B, H in sizes:
+            for cell in ("gru", "lstm"):
+                yield Case(cell, T, B, H, H, dtype=dtype)
 
 
-def _forward_rows() -> Iterator[Row]:
+def _both_modes() -> Iterator[Row]:
     for T, B, H in GRU_LSTM:
         for cell in ("gru", "lstm"):
             yield Case(cell, T, B, H, H)
     for cell in ("gru", "lstm"):
+        for T, B, I, H in OTHER_INPUT:
+            yield Case(cell, T, B, I, H)
+    for cell in ("gru", "lstm"):
         yield Case(cell, 100, 32, 256, 256, layers=2, bidirectional=True)
     for T, B, H in RNN:
         yield Case("rnn_tanh", T, B, H, H)
+    for cell in ("gru", "lstm"):
+        for ragged in ("lengths", "packed"):
+            yield Case(cell, 100, 32, 256, 256, ragged=ragged)
     for cell in ("rnn_tanh", "gru", "lstm"):
         for B in (1, 64, 256):
             yield Case(cell, 1, B, 256, 256, single_step=True)
@@ -59,6 +84,30 @@ def _forward_rows() -> Iterator[Row]:
             yield AttentionCase(score, 32, Tq, 50, 512)
 
 
+def row_builders(row: Row) -> dict[str, Build]:
+    """What builds each implementation of the row, ours first; PeerUnavailable where it cannot run here."""
+    return row.builders() if isinstance(row, AttentionCase) else recurrence_builders(row)
+
+
 def row_runners(row: Row) -> dict[str, Callable[[], object]]:
-    """What to compare in this row, ours first."""
-    return row.runners() if isinstance(row, AttentionCase) else recurrence_runners(row)
+    """What to compare in this row, ours first. A peer that cannot run here is left out, which is said once."""
+    found = {}
+    for name, build in row_builders(row).items():
+        try:
+            found[name] = build()
+        except PeerUnavailable as error:
+            _say_once(f"{name} is left out: {error}")
+    return found
+
+
+def check_row(row: Row, functions: Mapping[str, Callable[[], object]]) -> None:
+    """Raises PeerDisagrees unless all functions of the row compute the same."""
+    if isinstance(row, AttentionCase):
+        check_agreement(row.name, functions, dict.fromkeys(functions, TOLERANCES[torch.float32]))
+    else:
+        check_agreement(row.name, functions, {name: tolerance(row, name) for name in functions})
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -16,8 +16,8 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("case", "implementation"),
-    [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES for name in case.runners()],
+    [pytest.param(case, name, id=f"{case.name}-{name}") for case in CASES for name in case.builders()],
 )
 def test_attention(benchmark: Callable[..., object], case: AttentionCase, implementation: str) -> None:
     benchmark.group = case.name
-    benchmark(case.runners()[implementation])
+    benchmark(case.builders()[implementation]())

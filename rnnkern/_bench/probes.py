@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from rnnkern import _library
 from rnnkern._bench.floors import CacheLevel, Ceilings
 
 SOURCE = Path(__file__).with_name("probes.cpp")
@@ -64,6 +65,8 @@ class Probes:
         with tempfile.TemporaryDirectory() as folder:
             library = Path(folder) / "probes.so"
             flags = ["-O3", "-std=c++17", "-march=native", "-shared", "-fPIC", "-pthread", "-Wno-psabi"]
+            if _library.extension is not None and _library.extension.get_isa() == "avx2":
+                flags.append("-mno-avx512f")  # the ceilings of the vectors that the engines use
             made = subprocess.run([*compiler.split(), *flags, "-o", library, SOURCE], capture_output=True, text=True)
             if made.returncode != 0:
                 raise ProbesUnavailable(f"{compiler} cannot compile the machine probes: {made.stderr.strip()[:300]}")

@@ -52,6 +52,7 @@ def compare(
     min_rounds: int = 5,
     max_rounds: int = 200,
     sample_seconds: float = 1e-3,
+    rest: float = 0.0,
 ) -> Comparison:
     """Times the functions against each other.
 
@@ -61,6 +62,9 @@ def compare(
         min_rounds: rounds made at least.
         max_rounds: rounds made at most.
         sample_seconds: a function faster than this is called several times per round, and the mean taken.
+        rest: seconds of sleep before each function's turn, which then begins with as many calls that do not count. For
+            functions with threads of their own: these spin for some milliseconds after a call, on cores that the next
+            function needs.
 
     Returns:
         The samples of all rounds.
@@ -84,6 +88,9 @@ def compare(
             if done >= min_rounds and time.perf_counter() - start > seconds:
                 break
             for name in order:
+                if rest:
+                    time.sleep(rest)
+                    _run(functions[name], calls[name])
                 samples[name].append(_run(functions[name], calls[name]))
             order.append(order.pop(0))
     finally:
