@@ -1,4 +1,4 @@
-"""Rows as a PackedSequence has them, [N, *]: the same bits as the padded run, gradients of any order, what is refused."""
+"""Rows as a PackedSequence has them, [N, *]: the padded run's bits, gradients of any order, what is refused."""
 
 import dataclasses
 
