@@ -22,6 +22,8 @@ RNNKERN_FOR_EACH_ISA_AND_CELL(RNNKERN_DECLARE)
 namespace rnnkern {
 namespace {
 
+// Calls of at most so many steps pack weights block by block as they use them: to write and read packs takes as long.
+constexpr int64_t kStepsUnpacked = 4;
 constexpr int kWorkspaceSlot = 0, kPackedSlot = 1;
 constexpr int kSamples = 32;                // sampled elements per weight, see stale_pack
 constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed weights
@@ -61,6 +63,7 @@ class Plan {
     const double work = double(in.D) * double(plan.steps) * double(in.B) * double(cell_traits()[cell].gates) *
                         double(in.H) * double(in.I + in.H);
     plan.in = &in;
+    plan.pack = plan.steps > kStepsUnpacked;
     plan.order = order_.data();
     plan.length = length_.data();
     plan.alive = alive_.data();
@@ -154,7 +157,7 @@ void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, con
   const ParallelFor threads = limited(parallel, plan.members);
   if (in.packed && !stale_pack(cell, in)) {
     plan.packed = const_cast<uint64_t*>(static_cast<const uint64_t*>(in.packed)) + kFingerprint;
-  } else if (plan.steps > 1) {
+  } else if (plan.pack) {
     void* packed = workspace(kPackedSlot, size_t(packed_size(cell, in) * compute_size(in.dtype)));
     pack_layer(cell, in, packed, threads);
     plan.packed = static_cast<uint64_t*>(packed) + kFingerprint;
@@ -171,7 +174,7 @@ void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad,
   const ParallelFor threads = limited(parallel, plan.members);
   plan.workspace = workspace(kWorkspaceSlot, kernels.backward_bytes(plan));
   const int64_t panels = kernels.backward_panels(in);
-  run_parallel(threads, plan.steps > 1 ? in.D * panels : 0, [&](int64_t begin, int64_t end) {
+  run_parallel(threads, plan.pack ? in.D * panels : 0, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels.pack_transposed(plan, int(i / panels), i % panels, i % panels + 1);
   });
   run_team(threads, plan.members, [&](const Member& member) { kernels.backward(plan, grad, member); });

@@ -21,7 +21,7 @@ class Backward {
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   static constexpr int kSplit = Cell::kSplitGates, kSlots = GateSlots<kGates, kSplit>::kCount;
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
-  static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8, kInputPanels = 4, kChunkRows = 256;
+  static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8, kInputPanels = 4;
   static constexpr int64_t kRunBlocks = kRun / kBlock / kGates;  // unit blocks in a run
   static_assert(kRunBlocks > 0, "a cell has at most 16 gates");
 
@@ -64,8 +64,8 @@ class Backward {
     chunk_ = max_of(int64_t(1), kChunkRows / max_of(int64_t(1), in_.B));
     rows_stride_ = (chunk_ * in_.B | 1) * kBlock;  // an odd number of cache lines: slot blocks fall into different sets
     for (int d = 0; d < in_.D; ++d) {
-      w_hh_[d] = arena.take<T>(size_t(plan.steps > 1 ? blocks_ * panel_stride_ : 0));
-      w_ih_[d] = arena.take<T>(size_t(plan.steps > 1 ? input_blocks * panel_stride_ : 0));
+      w_hh_[d] = arena.take<T>(size_t(plan.pack ? blocks_ * panel_stride_ : 0));
+      w_ih_[d] = arena.take<T>(size_t(plan.pack ? input_blocks * panel_stride_ : 0));
       for (T*& gates : gates_[d]) gates = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
       for (T*& carry : carry_[d]) carry = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
       dx_[d] = in_.D == 2
@@ -77,9 +77,9 @@ class Backward {
     for (int i = 0; i < plan.members; ++i) {
       T* half0 = arena.take<T>(size_t(panel));
       T* half1 = arena.take<T>(size_t(panel));
-      T* columns = arena.take<T>(size_t(weights_.kPanel * chunk_ * in_.B * kBlock));
+      T* columns = arena.take<T>(size_t(weights_.columns_size(plan) * kBlock));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
-      T* panels = arena.take<T>(size_t(plan.steps > 1 ? 0 : kInputPanels * panel_stride_));
+      T* panels = arena.take<T>(size_t(plan.pack ? 0 : kInputPanels * panel_stride_));
       if (i == member) {
         panels_ = panels;
         half_[0] = half0;
@@ -110,7 +110,7 @@ class Backward {
   }
   // The same where the workspace holds them all (`packed`), or packed now for one step.
   const T* panels_of(const T* packed, int d, bool hidden, int64_t block, int64_t count) const {
-    if (plan_.steps > 1) return packed + block * panel_stride_;
+    if (plan_.pack) return packed + block * panel_stride_;
     pack_panels(d, hidden, block, count, panels_);
     return panels_;
   }
@@ -147,7 +147,7 @@ class Backward {
       member.barrier();
       if (grad_.dx) {  // by rows, or by columns where each weight is to be read once
         const Range all_rows{0, count}, all_columns{0, blocks_of(in_.I)};
-        const bool by_columns = plan_.steps == 1;
+        const bool by_columns = !plan_.pack;
         input_gradients(d, by_columns ? all_rows : part_of(count, share),
                         by_columns ? part_of(all_columns.end, share) : all_columns, step, steps, chunk);
       }
@@ -203,7 +203,7 @@ class Backward {
       waited = true;
     };
     const int own = blocks.begin == 0 && blocks.end >= cut ? 0 : blocks.begin <= cut && blocks.end == blocks_ ? 1 : -1;
-    const int64_t panel_blocks = count <= 3 && plan_.steps > 1 ? kPanelBlocks : kInputPanels;
+    const int64_t panel_blocks = count <= 3 && plan_.pack ? kPanelBlocks : kInputPanels;
     const int64_t panels = (blocks.end - blocks.begin + panel_blocks - 1) / panel_blocks;
     for (int64_t i = 0; i < panels; ++i) {
       const auto [begin, end] = piece(blocks, panels, step & 1 ? panels - 1 - i : i);
@@ -385,7 +385,7 @@ class Backward {
   T* carry_[2][kStates];   // [direction][state]: gradient that bypasses W_hh, [block][row][16]
   T* dx_[2];               // [direction]: [T][B][I], for two directions
   T *half_[2], *columns_;  // own scratch: [panel block][panel row][16], [block][chunk row][16]
-  T* panels_;              // transposed weights packed as they are used, for a single step
+  T* panels_;              // transposed weights packed as they are used, for a few steps
   int64_t* first_row_;     // [chunk step] its first chunk row
   size_t bytes_ = 0;
 };

@@ -13,9 +13,10 @@ struct LayerPlan {
   const int64_t* length;     // [B] their lengths
   const int32_t* alive;      // [steps] rows with length > t
   const int64_t* first_row;  // [steps + 1] rows alive before step t, all steps added
+  bool pack;                 // whether weights are packed beforehand; else block by block as they are used
   int members;               // the most that the team may have
   Flag* flags;               // [members], zero
-  void* packed;              // weights, as LayerKernels::pack writes them; null for one step: packed as they are used
+  void* packed;              // weights, as LayerKernels::pack writes them; null: packed as they are used
   void* workspace;
 };
 

@@ -24,6 +24,8 @@ struct BackwardOrder {
   bool fresh(int64_t t, int64_t m) const { return fresh_state(*plan.in, d, t, plan.order[m], plan.length[m]); }
 };
 
+constexpr int64_t kChunkRows = 256;  // steps of a chunk times B, where B is smaller
+
 template <class S, int kGates, int kSplit>
 class WeightGradients {
   using T = Compute<S>;
@@ -32,7 +34,11 @@ class WeightGradients {
   static constexpr bool kInPlace = sizeof(S) == sizeof(T);  // sums are made in the compute type
 
  public:
-  static constexpr int kPanel = 3;  // column blocks at a time
+  static constexpr int kPanel = 3;        // column blocks at a time
+  static constexpr int64_t kFewRows = 4;  // of a chunk: too few for tiles
+
+  // Blocks of 16 elements in add's `columns`.
+  static int64_t columns_size(const LayerPlan& plan) { return kPanel * max_of(kChunkRows, plan.in->B); }
 
   WeightGradients(const LayerPlan& plan, const LayerGradients& grad) : plan_(plan), in_(*plan.in), grad_(grad) {}
 
@@ -73,6 +79,19 @@ class WeightGradients {
     }
     for (const bool hidden : {true, false}) {
       const int64_t width = hidden ? in_.H : in_.I, column_blocks = blocks_of(width);
+      if (rows <= kFewRows && column_blocks * rows <= columns_size(plan_)) {
+        for (int64_t i = 0; i < column_blocks; ++i) {
+          gather_columns(d, hidden, steps, i * kBlock, columns + i * rows * kBlock);
+        }
+        for (int64_t block = own.begin; block < own.end; ++block) {
+          for (int gate = 0; gate < kGates; ++gate) {
+            add_rows(slot_rows(block, hidden ? Slots::of_dgh(gate) : Slots::of_dgx(gate)), columns, rows, width,
+                     min_of(int64_t(kBlock), in_.H - block * kBlock),
+                     sums_[d][hidden ? 1 : 0] + (gate * in_.H + block * kBlock) * width, first);
+          }
+        }
+        continue;
+      }
       const int64_t panels = (column_blocks + kPanel - 1) / kPanel;
       for (int64_t part = 0; part < panels; ++part) {
         const auto [panel, end] = piece({0, column_blocks}, panels, part);
@@ -125,6 +144,20 @@ class WeightGradients {
         const V sum = V::load(from + r * kBlock + j);
         T* at = to + r * stride + j;
         store_lanes(at, first ? sum : load_lanes(at, lanes) + sum, lanes);
+      }
+    }
+  }
+
+  // The sum over a few chunk rows, each row of the weights from end to end: what takes time is to write them.
+  static void add_rows(const T* dgates, const T* columns, int64_t rows, int64_t width, int64_t units, T* to,
+                       bool first) {
+    for (int64_t unit = 0; unit < units; ++unit, to += width) {
+      for (int64_t column = 0; column < width; column += V::kLanes) {
+        const T* from = columns + (column / kBlock * rows) * kBlock + column % kBlock;
+        V sum(T(0));
+        for (int64_t r = 0; r < rows; ++r) sum = fma(V(dgates[r * kBlock + unit]), V::load(from + r * kBlock), sum);
+        const int lanes = int(min_of(int64_t(V::kLanes), width - column));
+        store_lanes(to + column, first ? sum : load_lanes(to + column, lanes) + sum, lanes);
       }
     }
   }
