@@ -174,6 +174,7 @@ void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad,
   const ParallelFor threads = limited(parallel, plan.members);
   plan.workspace = workspace(kWorkspaceSlot, kernels.backward_bytes(plan));
   const int64_t panels = kernels.backward_panels(in);
+  if (plan.pack) plan.packed = workspace(kPackedSlot, size_t(in.D * panels * kernels.backward_panel_bytes(in)));
   run_parallel(threads, plan.pack ? in.D * panels : 0, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) kernels.pack_transposed(plan, int(i / panels), i % panels, i % panels + 1);
   });

@@ -32,6 +32,9 @@ class Backward {
 
   // Panels of 16 columns of the transposed weights of one direction: first those of W_hh, then those of W_ih.
   static int64_t panels(const LayerInputs& in) { return blocks_of(in.H) + blocks_of(in.I); }
+  static int64_t panel_bytes(const LayerInputs& in) {
+    return blocks_of(in.H) * kGates * kBlock * kBlock * int64_t(sizeof(T));
+  }
 
   static void pack_transposed(const LayerPlan& plan, int d, int64_t begin, int64_t end) {
     const Backward engine(plan, LayerGradients{}, -1, plan.workspace);
@@ -60,12 +63,13 @@ class Backward {
       : plan_(plan), in_(*plan.in), grad_(grad), blocks_(blocks_of(plan.in->H)), weights_(plan, grad) {
     Arena arena(workspace);
     const int64_t input_blocks = blocks_of(in_.I);
-    panel_stride_ = blocks_ * kGates * kBlock * kBlock;
+    panel_stride_ = panel_bytes(in_) / int64_t(sizeof(T));
     chunk_ = max_of(int64_t(1), kChunkRows / max_of(int64_t(1), in_.B));
     rows_stride_ = (chunk_ * in_.B | 1) * kBlock;  // an odd number of cache lines: slot blocks fall into different sets
     for (int d = 0; d < in_.D; ++d) {
-      w_hh_[d] = arena.take<T>(size_t(plan.pack ? blocks_ * panel_stride_ : 0));
-      w_ih_[d] = arena.take<T>(size_t(plan.pack ? input_blocks * panel_stride_ : 0));
+      T* const packed = static_cast<T*>(plan.packed);
+      w_hh_[d] = packed ? packed + d * (blocks_ + input_blocks) * panel_stride_ : nullptr;
+      w_ih_[d] = packed ? w_hh_[d] + blocks_ * panel_stride_ : nullptr;
       for (T*& gates : gates_[d]) gates = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
       for (T*& carry : carry_[d]) carry = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
       dx_[d] = in_.D == 2

@@ -50,7 +50,7 @@ RNNKERN_FN Share share_of(const LayerPlan& plan, const Member& member) {
     share = second ? Share{1, 2, member.index - half, member.size - half, half, false}
                    : Share{0, 1, member.index, half, 0, false};
   }
-  // A step or two have nothing to gain from rows of one's own, and each weight should be read by one member only.
+  // A few steps have nothing to gain from rows of one's own, and each weight should be read by one member only.
   share.unit_split = share.size > 1 && (in.B <= kBatchSplitRows * share.size || !plan.pack);
   return share;
 }

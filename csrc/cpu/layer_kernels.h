@@ -16,7 +16,7 @@ struct LayerPlan {
   bool pack;                 // whether weights are packed beforehand; else block by block as they are used
   int members;               // the most that the team may have
   Flag* flags;               // [members], zero
-  void* packed;              // weights, as LayerKernels::pack writes them; null: packed as they are used
+  void* packed;  // weights, as LayerKernels::pack or pack_transposed writes them; null: packed as they are used
   void* workspace;
 };
 
@@ -26,9 +26,10 @@ struct LayerKernels {
   void (*pack)(const LayerInputs& in, int d, int64_t begin, int64_t end, void* packed);
   size_t (*forward_bytes)(const LayerPlan& plan);
   void (*forward)(const LayerPlan& plan, const LayerOutputs& out, const Member& member);
-  // Backward packs the transposed weights into its workspace: panels [begin, end) of `panels` for direction d.
+  // Backward's packed weights are transposed: panels [begin, end) of `panels` for direction d.
   size_t (*backward_bytes)(const LayerPlan& plan);
   int64_t (*backward_panels)(const LayerInputs& in);
+  int64_t (*backward_panel_bytes)(const LayerInputs& in);
   void (*pack_transposed)(const LayerPlan& plan, int d, int64_t begin, int64_t end);
   void (*backward)(const LayerPlan& plan, const LayerGradients& grad, const Member& member);
   // Adds up what the directions left in the workspace and rounds to storage: time steps [begin, end) of dx, and (for
