@@ -1,9 +1,13 @@
 // Attention, once per instruction set: see attention.h for the maths and attention_parts.h for the panels.
 //
-// A unit of work is a block of queries of one batch row, against all of that row's valid keys. Keys and values are
-// packed a tile at a time, so that a tile stays in cache and memory does not grow with the number of keys, except for
-// the block's scores. Backward computes the scores and the softmax again, to the same bits: nothing of size Tq x Tk is
-// kept. A row's gradients of key and value are summed over its query blocks in order, by one thread.
+// A unit of work is a block of queries of one batch row, against all of that row's valid keys. For many queries keys and
+// values are packed a tile at a time, so that a tile stays in cache; for few they are read where they lie, since a copy
+// would cost more than the work. Backward computes the scores and the softmax again, to the same bits: nothing of size
+// Tq x Tk is kept. A row's gradients of key and value are summed over its query blocks in order, by one thread.
+//
+// Scratch, per thread: a block's scores (two of them in backward), at most 64 Tk elements each; panels for a block of
+// queries and a tile of keys and values, at most (128 + 256) (D + Dv) elements; a few words per key.
+// Only gradients of bfloat16 and float16 rows with several query blocks take more: Tk (D + Dv) floats to sum in.
 #include "cpu/attention.h"
 
 #include "cpu/attention_parts.h"
@@ -12,21 +16,26 @@
 namespace rnnkern::RNNKERN_ISA {
 namespace {
 
-constexpr int64_t kTile = 256;       // keys packed at a time
 constexpr int64_t kQueryBlock = 64;  // queries that share a packed tile
 constexpr int64_t kLongRow = 4096;   // from so many keys on, fewer queries: their scores fill the cache
 constexpr int64_t kLongRowQueries = 8;
 
+// Whether so many queries read keys and values where they lie.
+template <bool kAdditive>
+constexpr bool reads_in_place(int64_t queries) {
+  return queries <= (kAdditive ? 1 : 4);  // more additive queries share the keys' exponentials
+}
+
+int64_t query_block(const AttentionInputs& in) { return min_of(in.Tq, in.Tk < kLongRow ? kQueryBlock : kLongRowQueries); }
+
 template <class S>
-Operand<S> take_operand(Arena& arena, int64_t columns, int64_t rows, bool additive) {
+Operand<S> take_operand(Arena& arena, int64_t columns, int64_t rows, int64_t flags) {
   Operand<S> operand;
   operand.columns = columns;
   operand.blocks = ceil_div(columns, kBlock);
   operand.capacity = round_up(rows, kGroup);
-  const int64_t size = operand.blocks * operand.block_stride();
-  operand.panel = arena.take<Compute<S>>(size);
-  operand.raw = additive ? arena.take<Compute<S>>(size) : nullptr;
-  operand.large = arena.take<uint8_t>(additive ? operand.capacity : 0);
+  operand.panel = arena.take<Compute<S>>(operand.blocks * operand.block_stride());
+  operand.large = arena.take<uint8_t>(flags);
   return operand;
 }
 
@@ -37,26 +46,30 @@ struct Scratch {
   int64_t row;     // elements of a row of scores: Tk rounded up
   T *vector, *scores, *context;
   Operand<S> query, key, value;
+  T* part;  // a tile's part of a sum
   // Backward only.
   T *dscores, *dquery, *dkey, *dvalue;
   Operand<S> dcontext;
 
-  Scratch(const AttentionInputs& in, int64_t queries, bool backward, Arena& arena) {
+  Scratch(const AttentionInputs& in, int64_t queries, bool in_place, bool backward, Arena& arena) {
     const bool additive = in.score == Score::additive;
-    const int64_t tile = min_of(kTile, in.Tk), tiles = ceil_div(in.Tk, kTile);
+    const int64_t tile = in_place ? 0 : min_of(kTile, in.Tk);
     row = round_up(in.Tk, kBlock);
     valid = arena.take<int64_t>(in.Tk);
     vector = arena.take<T>(additive ? round_up(in.D, kBlock) : 0);
     scores = arena.take<T>(queries * row);
-    query = take_operand<S>(arena, in.D, queries, additive);
-    key = take_operand<S>(arena, in.D, tile, additive);
-    value = take_operand<S>(arena, in.Dv, tile, false);
+    query = take_operand<S>(arena, in.D, queries, additive ? in.Tq + kGroup : 0);
+    key = take_operand<S>(arena, in.D, tile, additive ? round_up(in.Tk, kGroup) : 0);
+    value = take_operand<S>(arena, in.Dv, tile, 0);
+    const int64_t part_rows = max_of(query.capacity, backward ? key.capacity : 0);
+    part = arena.take<T>(max_of(key.blocks, value.blocks) * part_rows * kBlock);
     if (backward) {
-      dcontext = take_operand<S>(arena, in.Dv, queries, false);
+      dcontext = take_operand<S>(arena, in.Dv, queries, 0);
       dscores = arena.take<T>(queries * row);
       dquery = arena.take<T>(query.blocks * query.block_stride());
-      dkey = arena.take<T>(tiles * key.blocks * key.block_stride());
-      dvalue = arena.take<T>(tiles * value.blocks * value.block_stride());
+      const int64_t sums = sizeof(S) < sizeof(T) && queries < in.Tq ? in.Tk : 0;
+      dkey = arena.take<T>(sums * in.D);
+      dvalue = arena.take<T>(sums * in.Dv);
     } else {
       context = arena.take<T>(value.blocks * query.block_stride());
     }
@@ -64,11 +77,11 @@ struct Scratch {
 };
 
 template <class S>
-Scratch<S> make_scratch(const AttentionInputs& in, int64_t queries, bool backward) {
+Scratch<S> make_scratch(const AttentionInputs& in, int64_t queries, bool in_place, bool backward) {
   Arena measure(nullptr);
-  Scratch<S>(in, queries, backward, measure);
+  Scratch<S>(in, queries, in_place, backward, measure);
   Arena arena(workspace(0, measure.used()));
-  Scratch<S> scratch(in, queries, backward, arena);
+  Scratch<S> scratch(in, queries, in_place, backward, arena);
   if (scratch.vector && in.vector) {
     for (int64_t a = 0; a < round_up(in.D, kBlock); ++a) {
       scratch.vector[a] = a < in.D ? to_compute(static_cast<const S*>(in.vector)[a]) : Compute<S>(0);
@@ -107,42 +120,51 @@ void start_row(const AttentionInputs& in, int64_t b, Scratch<S>& x) {
 // The weights of the query block [first, first + count) over n valid keys, into x.scores.
 template <class S, bool kAdditive>
 void weights_of_block(const AttentionInputs& in, int64_t first, int64_t count, int64_t n, Scratch<S>& x) {
+  using T = Compute<S>;
   load<kAdditive>(x.query, first, count);
-  for (int64_t j = 0; j < n; j += kTile) {
-    load<kAdditive>(x.key, j, min_of(kTile, n - j));
+  const bool in_place = reads_in_place<kAdditive>(count);
+  for (int64_t j = 0; j < n; j += kGroup) {
+    if (!in_place && j % kTile == 0) load<kAdditive>(x.key, j, min_of(kTile, n - j));
     if constexpr (kAdditive) {
-      additive_scores(x.query, x.key, x.vector, x.scores + j, x.row);
+      if (in_place) {
+        direct_scores(x.query, x.key, j, n, x.vector, x.scores + j);
+      } else {
+        packed_scores(x.query, x.key, j, n, x.vector, x.scores + j, x.row);
+      }
+    } else if (in_place) {
+      products(x.query, x.key.group(j, n), T(in.scale), x.scores + j, x.row);
     } else {
-      products(x.query, x.key, Compute<S>(in.scale), x.scores + j, x.row);
+      products(x.query, x.key.packed_group(j), T(in.scale), x.scores + j, x.row);
     }
   }
   for (int64_t i = 0; i < count; ++i) softmax(x.scores + i * x.row, n);
 }
 
-// Rows of a panel to a tensor's rows at index[i] (null: i), times an optional factor per column.
+// to[i] = sum over n keys of left[i][j] times row j of the operand, for a block of queries.
 template <class S>
-void store_panel(const Compute<S>* panel, int64_t capacity, int64_t columns, int64_t rows, const int64_t* index, S* to,
-                 const Compute<S>* factor) {
-  using V = Vec<Compute<S>>;
-  for (int64_t i = 0; i < rows; ++i) {
-    S* row = to + (index ? index[i] : i) * columns;
-    for (int64_t column = 0; column < columns; column += V::kLanes) {
-      V x = V::load(panel + column / kBlock * capacity * kBlock + i * kBlock + column % kBlock);
-      if (factor) x = x * V::load(factor + column);
-      store_lanes(row + column, x, int(min_of(columns - column, int64_t(V::kLanes))));
-    }
+void multiply(const Compute<S>* left, int64_t count, bool in_place, Operand<S>& right, int64_t n, const Scratch<S>& x,
+              Compute<S>* to) {
+  const int64_t to_block = x.query.block_stride();
+  if (in_place) {
+    sum_rows(left, x.row, count, right, n, to, to_block, x.part);
+    return;
+  }
+  for (int64_t j = 0; j < n; j += kTile) {
+    const int64_t keys = min_of(kTile, n - j);
+    load<false>(right, j, keys);
+    gemm<Compute<S>, 1>(count, right.blocks, {left + j, x.row, int(keys)}, {right.panel, right.block_stride()},
+                        {to, to_block, kBlock, j == 0 ? Start::zero : Start::add});
   }
 }
 
 template <class S, bool kAdditive>
 void forward(const AttentionInputs& in, const AttentionOutputs& out, const ParallelFor& parallel) {
-  using T = Compute<S>;
-  int64_t block = min_of(in.Tq, in.Tk < kLongRow ? kQueryBlock : kLongRowQueries);
   if (in.B == 0 || in.Tq == 0) return;
+  int64_t block = query_block(in);
   if (in.B < parallel.threads) block = min_of(block, ceil_div(in.Tq, ceil_div(parallel.threads, in.B)));
   const int64_t units = ceil_div(in.Tq, block);
   run_parallel(parallel, in.B * units, [&](int64_t begin, int64_t end) {
-    Scratch<S> x = make_scratch<S>(in, block, false);
+    Scratch<S> x = make_scratch<S>(in, block, reads_in_place<kAdditive>(block), false);
     int64_t current = -1, n = 0;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / units, first = unit % units * block, count = min_of(block, in.Tq - first);
@@ -159,14 +181,8 @@ void forward(const AttentionInputs& in, const AttentionOutputs& out, const Paral
         continue;
       }
       weights_of_block<S, kAdditive>(in, first, count, n, x);
-      for (int64_t j = 0; j < n; j += kTile) {
-        const int64_t keys = min_of(kTile, n - j);
-        load<false>(x.value, j, keys);
-        const RowOperand<T> left{x.scores + j, x.row, int(keys)};
-        gemm<T, 1>(count, x.value.blocks, left, {x.value.panel, x.value.block_stride()},
-                   {x.context, x.query.block_stride(), kBlock, j == 0 ? Start::zero : Start::add});
-      }
-      store_panel<S>(x.context, x.query.capacity, in.Dv, count, nullptr, context, nullptr);
+      multiply(x.scores, count, reads_in_place<kAdditive>(count), x.value, n, x, x.context);
+      put_panel<S>(x.context, x.query.block_stride(), count, nullptr, {context, in.Dv, nullptr, false}, 0);
       for (int64_t i = 0; weights && i < count; ++i) {
         for (int64_t j = 0; j < n; ++j) weights[i * in.Tk + x.valid[j]] = to_storage<S>(x.scores[i * x.row + j]);
       }
@@ -174,34 +190,49 @@ void forward(const AttentionInputs& in, const AttentionOutputs& out, const Paral
   });
 }
 
-// to[key] += sum over queries of left[query][key] right[query], for the keys of a tile.
-template <class T>
-void add_transposed(const T* left, int64_t left_row, int64_t queries, int64_t keys, const T* right, int64_t right_block,
-                    int64_t blocks, T* to, int64_t to_block) {
-  for (int64_t j = 0; j < keys; j += kBlock) {
-    RowOperand<T> transposed{left + j, 1, int(queries)};
-    transposed.inner = left_row;
-    gemm_transposed<T>(min_of(int64_t(kBlock), keys - j), blocks, transposed, {right, right_block},
-                       {to + j * kBlock, to_block, kBlock, Start::add});
+// Row j of the target: the sum over a block's queries of left[i][j] times row i of the panel of `right`.
+template <class S, class E>
+void multiply_transposed(const Compute<S>* left, int64_t count, bool in_place, const Operand<S>& right, int64_t n,
+                         const Scratch<S>& x, const Target<E>& target) {
+  using T = Compute<S>;
+  if (in_place) {
+    put_outer<E>(left, x.row, count, right.panel, right.block_stride(), n, target);
+    return;
+  }
+  const int64_t part_block = x.key.block_stride();
+  for (int64_t tile = 0; tile < n; tile += kTile) {
+    const int64_t keys = min_of(kTile, n - tile);
+    for (int64_t j = 0; j < keys; j += kBlock) {
+      RowOperand<T> transposed{left + tile + j, 1, int(count)};
+      transposed.inner = x.row;
+      gemm_transposed<T>(min_of(int64_t(kBlock), keys - j), right.blocks, transposed,
+                         {right.panel, right.block_stride()}, {x.part + j * kBlock, part_block, kBlock, Start::zero});
+    }
+    put_panel<E>(x.part, part_block, keys, nullptr, target, tile);
   }
 }
 
-// dL/dscore of a query block, into x.dscores; dL/dvalue is added to. x.scores holds the weights.
-template <class S>
+// dL/dscore of a query block, into x.dscores; dL/dvalue. x.scores holds the weights.
+template <class S, class E>
 void scores_gradient(const AttentionInputs& in, const AttentionGradients& grad, int64_t b, int64_t first, int64_t count,
-                     int64_t n, Scratch<S>& x) {
+                     bool in_place, int64_t n, Scratch<S>& x, const Target<E>& dvalue) {
   using T = Compute<S>;
   if (grad.dcontext.data) {
     load<false>(x.dcontext, first, count);
-    for (int64_t j = 0; j < n; j += kTile) {
-      const int64_t keys = min_of(kTile, n - j);
-      load<false>(x.value, j, keys);
-      products(x.dcontext, x.value, T(1), x.dscores + j, x.row);
-      add_transposed(x.scores + j, x.row, count, keys, x.dcontext.panel, x.dcontext.block_stride(), x.value.blocks,
-                     x.dvalue + j / kTile * x.value.blocks * x.value.block_stride(), x.value.block_stride());
+    for (int64_t j = 0; j < n; j += kGroup) {
+      if (in_place) {
+        products(x.dcontext, x.value.group(j, n), T(1), x.dscores + j, x.row);
+      } else {
+        if (j % kTile == 0) load<false>(x.value, j, min_of(kTile, n - j));
+        products(x.dcontext, x.value.packed_group(j), T(1), x.dscores + j, x.row);
+      }
     }
+    multiply_transposed(x.scores, count, in_place, x.dcontext, n, x, dvalue);
   } else {
     zero_rows(x.dscores, count * x.row);
+    if (!dvalue.add) {
+      for (int64_t j = 0; j < n; ++j) zero_rows(dvalue.row(j), in.Dv);
+    }
   }
   const S* dweights = grad.dweights.data ? batch_row<S>(grad.dweights, b) + first * grad.dweights.time : nullptr;
   const T scale = in.score == Score::dot ? T(in.scale) : T(1);
@@ -212,63 +243,67 @@ void scores_gradient(const AttentionInputs& in, const AttentionGradients& grad, 
   }
 }
 
+// The gradients of one batch row with n valid keys; those of key and value go to targets of type E.
+template <class S, bool kAdditive, class E>
+void row_gradients(const AttentionInputs& in, const AttentionGradients& grad, int64_t b, int64_t n, int64_t block,
+                   Scratch<S>& x, Target<E> dkey, Target<E> dvalue, Compute<S>* dvector) {
+  const bool in_place = reads_in_place<kAdditive>(block);
+  S* dquery = static_cast<S*>(grad.dquery) + b * in.Tq * in.D;
+  for (int64_t first = 0; first < in.Tq; first += block) {
+    const int64_t count = min_of(block, in.Tq - first);
+    dkey.add = dvalue.add = first > 0;
+    weights_of_block<S, kAdditive>(in, first, count, n, x);
+    scores_gradient(in, grad, b, first, count, in_place, n, x, dvalue);
+    if constexpr (kAdditive) {
+      zero_rows(x.dquery, x.query.blocks * x.query.block_stride());
+      additive_gradient(x.query, x.key, n, x.dscores, x.row, x.vector, x.dquery, dkey, dvector);
+    } else {
+      multiply(x.dscores, count, in_place, x.key, n, x, x.dquery);
+      multiply_transposed(x.dscores, count, in_place, x.query, n, x, dkey);
+    }
+    put_panel<S>(x.dquery, x.query.block_stride(), count, kAdditive ? x.vector : nullptr,
+                 {dquery + first * in.D, in.D, nullptr, false}, 0);
+  }
+}
+
 template <class S, bool kAdditive>
 void backward(const AttentionInputs& in, const AttentionGradients& grad, const ParallelFor& parallel) {
   using T = Compute<S>;
-  const int64_t block = min_of(in.Tq, in.Tk < kLongRow ? kQueryBlock : kLongRowQueries);
+  const int64_t block = query_block(in);
   const int64_t padded = round_up(in.D, kBlock);
   // Every batch row's part of dL/dvector, summed in the order of rows at the end.
   T* dvectors = kAdditive ? static_cast<T*>(workspace(1, size_t((in.B + 1) * padded) * sizeof(T))) : nullptr;
   if (kAdditive) zero_rows(dvectors, (in.B + 1) * padded);
   run_parallel(parallel, in.B, [&](int64_t begin, int64_t end) {
-    Scratch<S> x = make_scratch<S>(in, block, true);
-    const T* factor = kAdditive ? x.vector : nullptr;  // left out by additive_gradient
+    Scratch<S> x = make_scratch<S>(in, block, reads_in_place<kAdditive>(block), true);
     for (int64_t b = begin; b < end; ++b) {
-      S* dquery = static_cast<S*>(grad.dquery) + b * in.Tq * in.D;
       S* dkey = static_cast<S*>(grad.dkey) + b * in.Tk * in.D;
       S* dvalue = static_cast<S*>(grad.dvalue) + b * in.Tk * in.Dv;
-      const int64_t n = find_valid(in, b, x.valid), tiles = ceil_div(n, kTile);
+      const int64_t n = find_valid(in, b, x.valid);
       if (n < in.Tk || in.Tq == 0) {
         zero_rows(dkey, in.Tk * in.D);
         zero_rows(dvalue, in.Tk * in.Dv);
       }
       if (n == 0 || in.Tq == 0) {
-        zero_rows(dquery, in.Tq * in.D);
+        zero_rows(static_cast<S*>(grad.dquery) + b * in.Tq * in.D, in.Tq * in.D);
         continue;
       }
       start_row(in, b, x);
       if (grad.dcontext.data) start(x.dcontext, batch_row<S>(grad.dcontext, b), grad.dcontext.time, nullptr);
-      zero_rows(x.dkey, tiles * x.key.blocks * x.key.block_stride());
-      zero_rows(x.dvalue, tiles * x.value.blocks * x.value.block_stride());
-      for (int64_t first = 0; first < in.Tq; first += block) {
-        const int64_t count = min_of(block, in.Tq - first);
-        weights_of_block<S, kAdditive>(in, first, count, n, x);
-        scores_gradient(in, grad, b, first, count, n, x);
-        zero_rows(x.dquery, x.query.blocks * x.query.block_stride());
-        for (int64_t j = 0; j < n; j += kTile) {
-          const int64_t keys = min_of(kTile, n - j);
-          load<kAdditive>(x.key, j, keys);
-          T* tile_dkey = x.dkey + j / kTile * x.key.blocks * x.key.block_stride();
-          if constexpr (kAdditive) {
-            additive_gradient(x.query, x.key, x.dscores + j, x.row, x.dquery, tile_dkey, dvectors + b * padded);
-          } else {
-            const RowOperand<T> left{x.dscores + j, x.row, int(keys)};
-            gemm<T, 1>(count, x.key.blocks, left, {x.key.panel, x.key.block_stride()},
-                       {x.dquery, x.query.block_stride(), kBlock, Start::add});
-            add_transposed(x.dscores + j, x.row, count, keys, x.query.panel, x.query.block_stride(), x.key.blocks,
-                           tile_dkey, x.key.block_stride());
+      const Target<S> to_key{dkey, in.D, x.valid, false}, to_value{dvalue, in.Dv, x.valid, false};
+      T* dvector = kAdditive ? dvectors + b * padded : nullptr;
+      if constexpr (sizeof(S) < sizeof(T)) {
+        if (block < in.Tq) {  // sums over query blocks are kept in float
+          row_gradients<S, kAdditive, T>(in, grad, b, n, block, x, {x.dkey, in.D, nullptr, false},
+                                         {x.dvalue, in.Dv, nullptr, false}, dvector);
+          for (int64_t j = 0; j < n; ++j) {
+            store_row(x.dkey + j * in.D, to_key.row(j), in.D);
+            store_row(x.dvalue + j * in.Dv, to_value.row(j), in.Dv);
           }
+          continue;
         }
-        store_panel<S>(x.dquery, x.query.capacity, in.D, count, nullptr, dquery + first * in.D, factor);
       }
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t keys = min_of(kTile, n - tile * kTile);
-        const int64_t* index = x.valid + tile * kTile;
-        store_panel<S>(x.dkey + tile * x.key.blocks * x.key.block_stride(), x.key.capacity, in.D, keys, index, dkey,
-                       factor);
-        store_panel<S>(x.dvalue + tile * x.value.blocks * x.value.block_stride(), x.value.capacity, in.Dv, keys, index,
-                       dvalue, nullptr);
-      }
+      row_gradients<S, kAdditive, S>(in, grad, b, n, block, x, to_key, to_value, dvector);
     }
   });
   if constexpr (kAdditive) {

@@ -1,8 +1,9 @@
 // What the attention kernels are made of: packed rows, inner products, additive scores and their gradient, softmax.
 //
-// Everything lies in panels [block][row][16]: blocks of 16 columns, zero beyond the last. Lanes run over columns; a sum
-// over columns is kept in 16 partial sums on every instruction set and folded in one fixed order, so that results do
-// not depend on the width of a vector, on tiles or on threads.
+// Queries lie in panels [block][row][16]: blocks of 16 columns, zero beyond the last. So do keys and values that many
+// queries share; for few queries they are read where they lie. Lanes run over columns; a sum over columns is kept in 16
+// partial sums on every instruction set and folded in one fixed order, and a sum over keys is one chain in their order,
+// begun anew every kTile keys, so that results do not depend on the width of a vector, on packing, blocks or threads.
 //
 // Additive: tanh(q + k) = 1 - 2 r with r = 1 / (1 + e^2q e^2k). The exponentials are computed once per element of query
 // and key; per pair there is left a multiply-add, half a division (two denominators share one) and a multiply-add.
@@ -19,6 +20,7 @@ namespace rnnkern::RNNKERN_ISA {
 template <class T>
 constexpr int kParts = kBlock / Vec<T>::kLanes;  // vectors in a block
 constexpr int kGroup = 4;                        // keys that share registers
+constexpr int64_t kTile = 256;                   // keys packed at a time; sums over keys begin anew
 template <class T>
 constexpr T kFactorLimit = sizeof(T) == 4 ? 10 : 80;
 
@@ -50,60 +52,67 @@ RNNKERN_FN T fold(const Vec<T> (&parts)[kParts<T>]) {
   return fold_lanes<Vec<T>::kLanes / 2>(x[0]);
 }
 
-// e^2x for |x| <= kFactorLimit, within about 1 ulp: the correction carries the low part of log2(e) in float, too.
+// e^2x within about 1 ulp: the correction carries the low part of log2(e) in float, too. Meaningless beyond
+// kFactorLimit.
 template <class T>
 RNNKERN_FN Vec<T> exp_twice(Vec<T> x) {
-  const Vec<T> bounded = clamp(x, -kFactorLimit<T>, kFactorLimit<T>);
-  const ExpParts<T> e = exp_parts(bounded, T(2));
+  const ExpParts<T> e = exp_parts(x, T(2));
   const Vec<T> y = fma(e.q, e.scale, e.scale);
   if constexpr (sizeof(T) == 8) return y;
-  return fma(y, bounded * Vec<T>(T(2 * 0.6931471805599453 * 1.92596299e-8)), y);
+  return fma(y, x * Vec<T>(T(2 * 0.6931471805599453 * 1.92596299e-8)), y);
+}
+template <class T>
+RNNKERN_FN Vec<T> largest(Vec<T> peak, Vec<T> x) {
+  return maximum(peak, maximum(x, Vec<T>(T(0)) - x));
 }
 
-// Rows of a tensor, packed. `raw` holds the elements of an additive operand whose panel holds their exponentials; it is
-// filled only when the guard asks for it.
+// kGroup rows side by side, in a panel or where they lie. Columns beyond `columns` are zero.
+template <class E>
+struct Group {
+  using V = Vec<Compute<E>>;
+  const E* row[kGroup];
+  int64_t block_stride;
+  int64_t columns;
+
+  int64_t full_blocks() const { return columns / kBlock; }
+  int64_t blocks() const { return ceil_div(columns, kBlock); }
+  // How many lanes of this part of a block there are.
+  RNNKERN_FN int lanes(int64_t block, int part) const {
+    return int(max_of(int64_t(0), min_of(columns - block * kBlock - part * V::kLanes, int64_t(V::kLanes))));
+  }
+  RNNKERN_FN V load(int j, int64_t block, int part, int lanes = V::kLanes) const {
+    return load_lanes(row[j] + block * block_stride + part * V::kLanes, lanes);
+  }
+};
+
+// Rows of a tensor, and a panel for some of them. The panel of an additive operand holds exponentials.
 template <class S>
 struct Operand {
   using T = Compute<S>;
   int64_t columns, blocks, capacity;  // capacity: rows between two blocks, a multiple of kGroup
   T* panel;                           // [blocks][capacity][16]
-  T* raw;                             // the same
-  uint8_t* large;                     // [capacity]: the row has an element beyond kFactorLimit
-  const S* base = nullptr;            // row i is base + index[first + i] * stride
+  uint8_t* large;                     // additive: by row, whether it has an element beyond kFactorLimit
+  const S* base = nullptr;            // row i is base + index[i] * stride
   int64_t stride = 0;
   const int64_t* index = nullptr;  // null: the identity
-  int64_t first = -1, rows = 0;
-  bool any_large = false, has_raw = false;
+  int64_t first = -1, rows = 0;    // what the panel holds
 
-  const S* row(int64_t i) const { return base + (index ? index[first + i] : first + i) * stride; }
+  const S* row(int64_t i) const { return base + (index ? index[i] : i) * stride; }
   int64_t block_stride() const { return capacity * kBlock; }
-};
-
-template <bool kExponentials, class S>
-void pack(const Operand<S>& from, Compute<S>* panel) {
-  using T = Compute<S>;
-  using V = Vec<T>;
-  const int64_t padded = round_up(from.rows, kGroup);
-  for (int64_t i = 0; i < padded; ++i) {
-    V peak(T(0));
-    for (int64_t block = 0; block < from.blocks; ++block) {
-      for (int p = 0; p < kParts<T>; ++p) {
-        const int64_t column = block * kBlock + p * V::kLanes;
-        const int64_t left = i < from.rows ? from.columns - column : 0;
-        V x(T(0));
-        if (left > 0) x = load_lanes(from.row(i) + column, int(min_of(left, int64_t(V::kLanes))));
-        if constexpr (kExponentials) {
-          peak = maximum(peak, maximum(x, V(T(0)) - x));
-          x = exp_twice(x);
-        }
-        x.store(panel + block * from.block_stride() + i * kBlock + p * V::kLanes);
-      }
-    }
-    if constexpr (kExponentials) from.large[i] = max_lanes(peak) > kFactorLimit<T>;
+  const T* packed(int64_t i) const { return panel + (i - first) * kBlock; }
+  // The rows [i, i + kGroup) of the panel, or of the tensor; there the last of `count` rows stands for those beyond.
+  Group<T> packed_group(int64_t i) const {
+    const T* p = packed(i);
+    return {{p, p + kBlock, p + 2 * kBlock, p + 3 * kBlock}, block_stride(), blocks * kBlock};
   }
-}
+  Group<S> group(int64_t i, int64_t count) const {
+    const int64_t last = count - 1;
+    return {{row(i), row(min_of(i + 1, last)), row(min_of(i + 2, last)), row(min_of(i + 3, last))}, kBlock, columns};
+  }
+};
+static_assert(kGroup == 4, "groups are written out");
 
-// Packs the rows [first, first + rows) unless they are already there. `start` begins a new tensor or batch row.
+// Begins a new tensor or batch row.
 template <class S>
 void start(Operand<S>& operand, const S* base, int64_t stride, const int64_t* index) {
   operand.base = base;
@@ -111,72 +120,85 @@ void start(Operand<S>& operand, const S* base, int64_t stride, const int64_t* in
   operand.index = index;
   operand.first = -1;
 }
+// Packs the rows [first, first + rows) unless they are already there.
 template <bool kExponentials, class S>
 void load(Operand<S>& operand, int64_t first, int64_t rows) {
+  using T = Compute<S>;
+  using V = Vec<T>;
   if (operand.first == first) return;
   operand.first = first;
   operand.rows = rows;
-  pack<kExponentials>(operand, operand.panel);
-  operand.has_raw = operand.any_large = false;
-  if constexpr (kExponentials) {
-    for (int64_t i = 0; i < rows; ++i) operand.any_large |= operand.large[i] != 0;
-  }
-}
-template <class S>
-void load_raw(Operand<S>& operand) {
-  if (!operand.has_raw) pack<false>(operand, operand.raw);
-  operand.has_raw = true;
-}
-
-// out[i][j] = scale * (row i of a) . (row j of b)
-template <class T, int kRows>
-void product_tile(const T* a, int64_t a_block, const T* b, int64_t b_block, int64_t blocks, T scale, T* out,
-                  int64_t out_row) {
-  using V = Vec<T>;
-  V sum[kRows][kGroup][kParts<T>];
-  RNNKERN_UNROLL
-  for (int p = 0; p < kParts<T>; ++p) {
-    V acc[kRows][kGroup];
-    RNNKERN_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      RNNKERN_UNROLL
-      for (int j = 0; j < kGroup; ++j) acc[i][j] = V(T(0));
-    }
-    for (int64_t block = 0; block < blocks; ++block) {
-      V y[kGroup];
-      RNNKERN_UNROLL
-      for (int j = 0; j < kGroup; ++j) y[j] = V::load(b + block * b_block + j * kBlock + p * V::kLanes);
-      RNNKERN_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const V x = V::load(a + block * a_block + i * kBlock + p * V::kLanes);
-        RNNKERN_UNROLL
-        for (int j = 0; j < kGroup; ++j) acc[i][j] = fma(x, y[j], acc[i][j]);
+  const int64_t padded = round_up(rows, kGroup);
+  for (int64_t i = 0; i < padded; ++i) {
+    V peak(T(0));
+    const S* row = i < rows ? operand.row(first + i) : nullptr;
+    for (int64_t block = 0; block < operand.blocks; ++block) {
+      for (int p = 0; p < kParts<T>; ++p) {
+        const int64_t column = block * kBlock + p * V::kLanes;
+        const int64_t left = row ? operand.columns - column : 0;
+        V x(T(0));
+        if (left > 0) x = load_lanes(row + column, int(min_of(left, int64_t(V::kLanes))));
+        if constexpr (kExponentials) {
+          peak = largest(peak, x);
+          x = exp_twice(x);
+        }
+        x.store(operand.panel + block * operand.block_stride() + i * kBlock + p * V::kLanes);
       }
     }
+    if constexpr (kExponentials) operand.large[first + i] = max_lanes(peak) > kFactorLimit<T>;
+  }
+}
+
+template <class T, int kRows, class E>
+RNNKERN_FN void add_products(const T* a, const Group<E>& b, int64_t block, int part, int lanes,
+                             Vec<T> (&sum)[kRows][kGroup]) {
+  using V = Vec<T>;
+  V y[kGroup];
+  RNNKERN_UNROLL
+  for (int j = 0; j < kGroup; ++j) y[j] = b.load(j, block, part, lanes);
+  RNNKERN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    const V x = V::load(a + i * kBlock + part * V::kLanes);
+    RNNKERN_UNROLL
+    for (int j = 0; j < kGroup; ++j) sum[i][j] = fma(x, y[j], sum[i][j]);
+  }
+}
+// out[i][j] = scale * (row i of a panel) . (row j of b)
+template <class T, int kRows, class E>
+void product_tile(const T* a, int64_t a_block, const Group<E>& b, T scale, T* out, int64_t out_row) {
+  using V = Vec<T>;
+  V sum[kRows][kGroup][kParts<T>];
+  const int64_t full = b.full_blocks(), blocks = b.blocks();
+  RNNKERN_UNROLL
+  for (int p = 0; p < kParts<T>; ++p) {
+    V part[kRows][kGroup];
     RNNKERN_UNROLL
     for (int i = 0; i < kRows; ++i) {
       RNNKERN_UNROLL
-      for (int j = 0; j < kGroup; ++j) sum[i][j][p] = acc[i][j];
+      for (int j = 0; j < kGroup; ++j) part[i][j] = V(T(0));
+    }
+    for (int64_t block = 0; block < full; ++block) add_products(a + block * a_block, b, block, p, V::kLanes, part);
+    if (full < blocks) add_products(a + full * a_block, b, full, p, b.lanes(full, p), part);
+    RNNKERN_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      RNNKERN_UNROLL
+      for (int j = 0; j < kGroup; ++j) sum[i][j][p] = part[i][j];
     }
   }
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < kGroup; ++j) out[i * out_row + j] = scale * fold(sum[i][j]);
   }
 }
-template <class S>
-void products(const Operand<S>& a, const Operand<S>& b, Compute<S> scale, Compute<S>* out, int64_t out_row) {
+template <class S, class E>
+void products(const Operand<S>& a, const Group<E>& b, Compute<S> scale, Compute<S>* out, int64_t out_row) {
   using T = Compute<S>;
   constexpr int kRows = kRegisters >= 32 ? 4 : 2;
-  for (int64_t j = 0; j < b.rows; j += kGroup) {
-    int64_t i = 0;
-    for (; i + kRows <= a.rows; i += kRows) {
-      product_tile<T, kRows>(a.panel + i * kBlock, a.block_stride(), b.panel + j * kBlock, b.block_stride(), a.blocks,
-                             scale, out + i * out_row + j, out_row);
-    }
-    for (; i < a.rows; ++i) {
-      product_tile<T, 1>(a.panel + i * kBlock, a.block_stride(), b.panel + j * kBlock, b.block_stride(), a.blocks,
-                         scale, out + i * out_row + j, out_row);
-    }
+  int64_t i = 0;
+  for (; i + kRows <= a.rows; i += kRows) {
+    product_tile<T, kRows>(a.panel + i * kBlock, a.block_stride(), b, scale, out + i * out_row, out_row);
+  }
+  for (; i < a.rows; ++i) {
+    product_tile<T, 1>(a.panel + i * kBlock, a.block_stride(), b, scale, out + i * out_row, out_row);
   }
 }
 
@@ -199,134 +221,287 @@ RNNKERN_FN void invert_both(Vec<T>& x, Vec<T>& y) {
   y = kept * inverse;
 }
 
-// The elements themselves, where the guard will ask for them.
+// Where the elements of a query and of kGroup keys come from; `lanes` of them are there.
+// Packed exponentials of both.
+template <class T>
+struct PackedPair {
+  static constexpr bool kFactored = true;
+  const T* q;
+  int64_t q_block;
+  Group<T> k;
+  RNNKERN_FN Vec<T> query(int64_t block, int part, int) const {
+    return Vec<T>::load(q + block * q_block + part * Vec<T>::kLanes);
+  }
+  RNNKERN_FN Vec<T> key(int j, int64_t block, int part, int) { return k.load(j, block, part); }
+};
+// The keys' exponentials are taken on the way, and their largest elements.
 template <class S>
-void load_guarded(Operand<S>& queries, Operand<S>& keys) {
-  if (!queries.any_large && !keys.any_large) return;
-  load_raw(queries);
-  load_raw(keys);
-}
-// Whether query i or one of the keys [j, j + kGroup) has an element beyond kFactorLimit.
+struct HalfPackedPair {
+  using T = Compute<S>;
+  static constexpr bool kFactored = true;
+  const T* q;
+  int64_t q_block;
+  Group<S> k;
+  Vec<T> peak[kGroup] = {Vec<T>(T(0)), Vec<T>(T(0)), Vec<T>(T(0)), Vec<T>(T(0))};
+  RNNKERN_FN Vec<T> query(int64_t block, int part, int) const {
+    return Vec<T>::load(q + block * q_block + part * Vec<T>::kLanes);
+  }
+  RNNKERN_FN Vec<T> key(int j, int64_t block, int part, int lanes) {
+    const Vec<T> x = k.load(j, block, part, lanes);
+    peak[j] = largest(peak[j], x);
+    return exp_twice(x);
+  }
+};
+// The elements themselves.
 template <class S>
-RNNKERN_FN bool guarded(const Operand<S>& queries, int64_t i, const Operand<S>& keys, int64_t j) {
-  return queries.large[i] | keys.large[j] | keys.large[j + 1] | keys.large[j + 2] | keys.large[j + 3];
-}
+struct RawPair {
+  using T = Compute<S>;
+  static constexpr bool kFactored = false;
+  const S* q;
+  Group<S> k;
+  RNNKERN_FN Vec<T> query(int64_t block, int part, int lanes) const {
+    return load_lanes(q + block * kBlock + part * Vec<T>::kLanes, lanes);
+  }
+  RNNKERN_FN Vec<T> key(int j, int64_t block, int part, int lanes) { return k.load(j, block, part, lanes); }
+};
 
+// Adds vector_a r_a over one part of two neighbouring blocks, or of one block, to the sums of kGroup keys. The second
+// block, or the only one, has `lanes` lanes.
+template <class T, class Pair>
+RNNKERN_FN void add_two_blocks(Pair& pair, const T* vector, int64_t block, int part, int lanes,
+                               Vec<T> (&sum)[kGroup]) {
+  using V = Vec<T>;
+  const V q0 = pair.query(block, part, V::kLanes), q1 = pair.query(block + 1, part, lanes);
+  const T* v = vector + block * kBlock + part * V::kLanes;
+  const V v0 = V::load(v), v1 = V::load(v + kBlock);
+  RNNKERN_UNROLL
+  for (int j = 0; j < kGroup; ++j) {
+    V d0 = denominator<Pair::kFactored>(q0, pair.key(j, block, part, V::kLanes));
+    V d1 = denominator<Pair::kFactored>(q1, pair.key(j, block + 1, part, lanes));
+    invert_both(d0, d1);
+    sum[j] = fma(v1, d1, fma(v0, d0, sum[j]));
+  }
+}
+template <class T, class Pair>
+RNNKERN_FN void add_block(Pair& pair, const T* vector, int64_t block, int part, int lanes, Vec<T> (&sum)[kGroup]) {
+  using V = Vec<T>;
+  const V q = pair.query(block, part, lanes), v = V::load(vector + block * kBlock + part * V::kLanes);
+  RNNKERN_UNROLL
+  for (int j = 0; j < kGroup; ++j) {
+    const V d = denominator<Pair::kFactored>(q, pair.key(j, block, part, lanes));
+    sum[j] = fma(v, V(T(1)) / d, sum[j]);
+  }
+}
 // out[j] = -2 sum_a vector_a r_a for one query and kGroup keys. That is the score less sum_a vector_a, which is the
 // same for every key and cancels in the softmax.
-template <bool kFactored, class T>
-void additive_scores(const T* q, int64_t q_block, const T* k, int64_t k_block, const T* vector, int64_t blocks,
-                     T* out) {
+template <class T, class Pair>
+void additive_scores(Pair& pair, const T* vector, T* out) {
   using V = Vec<T>;
   V sum[kGroup][kParts<T>];
+  const int64_t full = pair.k.full_blocks(), blocks = pair.k.blocks();
   RNNKERN_UNROLL
   for (int p = 0; p < kParts<T>; ++p) {
-    V acc[kGroup];
+    V part[kGroup];
     RNNKERN_UNROLL
-    for (int j = 0; j < kGroup; ++j) acc[j] = V(T(0));
-    const T *q_lanes = q + p * V::kLanes, *k_lanes = k + p * V::kLanes, *v_lanes = vector + p * V::kLanes;
+    for (int j = 0; j < kGroup; ++j) part[j] = V(T(0));
     int64_t block = 0;
-    for (; block + 2 <= blocks; block += 2) {
-      const V q0 = V::load(q_lanes + block * q_block), q1 = V::load(q_lanes + (block + 1) * q_block);
-      const V v0 = V::load(v_lanes + block * kBlock), v1 = V::load(v_lanes + (block + 1) * kBlock);
-      RNNKERN_UNROLL
-      for (int j = 0; j < kGroup; ++j) {
-        V d0 = denominator<kFactored>(q0, V::load(k_lanes + block * k_block + j * kBlock));
-        V d1 = denominator<kFactored>(q1, V::load(k_lanes + (block + 1) * k_block + j * kBlock));
-        invert_both(d0, d1);
-        acc[j] = fma(v1, d1, fma(v0, d0, acc[j]));
-      }
-    }
-    if (block < blocks) {
-      const V q0 = V::load(q_lanes + block * q_block), v0 = V::load(v_lanes + block * kBlock);
-      RNNKERN_UNROLL
-      for (int j = 0; j < kGroup; ++j) {
-        const V d0 = denominator<kFactored>(q0, V::load(k_lanes + block * k_block + j * kBlock));
-        acc[j] = fma(v0, V(T(1)) / d0, acc[j]);
-      }
+    for (; block + 2 <= full; block += 2) add_two_blocks(pair, vector, block, p, V::kLanes, part);
+    if (block + 2 == blocks) {
+      add_two_blocks(pair, vector, block, p, pair.k.lanes(block + 1, p), part);
+    } else if (block < blocks) {
+      add_block(pair, vector, block, p, pair.k.lanes(block, p), part);
     }
     RNNKERN_UNROLL
-    for (int j = 0; j < kGroup; ++j) sum[j][p] = acc[j];
+    for (int j = 0; j < kGroup; ++j) sum[j][p] = part[j];
   }
   for (int j = 0; j < kGroup; ++j) out[j] = T(-2) * fold(sum[j]);
 }
+// Whether one of the rows [j, j + kGroup) has an element beyond kFactorLimit.
+RNNKERN_FN bool any_large(const uint8_t* large, int64_t j) {
+  return large[j] | large[j + 1] | large[j + 2] | large[j + 3];
+}
+// Keys [j, j + kGroup) of the n that there are, packed, against all queries.
 template <class S>
-void additive_scores(Operand<S>& queries, Operand<S>& keys, const Compute<S>* vector, Compute<S>* out,
-                     int64_t out_row) {
-  load_guarded(queries, keys);
-  for (int64_t j = 0; j < keys.rows; j += kGroup) {
-    for (int64_t i = 0; i < queries.rows; ++i) {
-      const int64_t q = i * kBlock, k = j * kBlock;
-      if (guarded(queries, i, keys, j)) {
-        additive_scores<false>(queries.raw + q, queries.block_stride(), keys.raw + k, keys.block_stride(), vector,
-                               queries.blocks, out + i * out_row + j);
-      } else {
-        additive_scores<true>(queries.panel + q, queries.block_stride(), keys.panel + k, keys.block_stride(), vector,
-                              queries.blocks, out + i * out_row + j);
+void packed_scores(const Operand<S>& queries, const Operand<S>& keys, int64_t j, int64_t n, const Compute<S>* vector,
+                   Compute<S>* out, int64_t out_row) {
+  const bool large = any_large(keys.large, j);
+  for (int64_t i = queries.first; i < queries.first + queries.rows; ++i, out += out_row) {
+    if (large || queries.large[i]) {
+      RawPair<S> pair{queries.row(i), keys.group(j, n)};
+      additive_scores(pair, vector, out);
+    } else {
+      PackedPair<Compute<S>> pair{queries.packed(i), queries.block_stride(), keys.packed_group(j)};
+      additive_scores(pair, vector, out);
+    }
+  }
+}
+// The same where they lie, for the only query. Finds out which keys are large.
+template <class S>
+void direct_scores(const Operand<S>& queries, const Operand<S>& keys, int64_t j, int64_t n, const Compute<S>* vector,
+                   Compute<S>* out) {
+  using T = Compute<S>;
+  const int64_t i = queries.first;
+  HalfPackedPair<S> half{queries.packed(i), queries.block_stride(), keys.group(j, n)};
+  additive_scores(half, vector, out);
+  for (int g = 0; g < kGroup; ++g) keys.large[j + g] = max_lanes(half.peak[g]) > kFactorLimit<T>;
+  if (!any_large(keys.large, j) && !queries.large[i]) return;
+  RawPair<S> pair{queries.row(i), half.k};
+  additive_scores(pair, vector, out);
+}
+
+// to[i] (=, +=) sum over kKeys keys of left[i][j] times row j, for the rows i of a panel.
+template <int kKeys, class S>
+void add_rows(const Compute<S>* left, int64_t left_row, int64_t queries, const Group<S>& keys, bool from_zero,
+              Compute<S>* to, int64_t to_block) {
+  using T = Compute<S>;
+  using V = Vec<T>;
+  const int64_t full = keys.full_blocks(), blocks = keys.blocks();
+  for (int64_t block = 0; block < blocks; ++block) {
+    for (int p = 0; p < kParts<T>; ++p) {
+      const int lanes = block < full ? V::kLanes : keys.lanes(block, p);
+      V x[kKeys];
+      RNNKERN_UNROLL
+      for (int j = 0; j < kKeys; ++j) x[j] = keys.load(j, block, p, lanes);
+      for (int64_t i = 0; i < queries; ++i) {
+        T* sum = to + block * to_block + i * kBlock + p * V::kLanes;
+        V y = from_zero ? V(T(0)) : V::load(sum);
+        RNNKERN_UNROLL
+        for (int j = 0; j < kKeys; ++j) y = fma(V(left[i * left_row + j]), x[j], y);
+        y.store(sum);
+      }
+    }
+  }
+}
+// to[i] = sum over all n keys of left[i][j] times row j, read where they lie. `part` is another panel.
+template <class S>
+void sum_rows(const Compute<S>* left, int64_t left_row, int64_t queries, const Operand<S>& keys, int64_t n,
+              Compute<S>* to, int64_t to_block, Compute<S>* part) {
+  for (int64_t tile = 0; tile < n; tile += kTile) {
+    const int64_t end = min_of(n, tile + kTile);
+    Compute<S>* sum = tile == 0 ? to : part;
+    int64_t j = tile;
+    for (; j + kGroup <= end; j += kGroup) {
+      add_rows<kGroup>(left + j, left_row, queries, keys.group(j, n), j == tile, sum, to_block);
+    }
+    for (; j < end; ++j) add_rows<1>(left + j, left_row, queries, keys.group(j, n), j == tile, sum, to_block);
+    for (int64_t i = 0; tile > 0 && i < keys.blocks * to_block; ++i) to[i] += part[i];
+  }
+}
+
+// Rows of a tensor to write, or to add to: row j is base + index[j] * columns.
+template <class E>
+struct Target {
+  E* base;
+  int64_t columns;
+  const int64_t* index;  // null: the identity
+  bool add;
+
+  E* row(int64_t j) const { return base + (index ? index[j] : j) * columns; }
+  RNNKERN_FN void put(int64_t j, int64_t block, int part, Vec<Compute<E>> x) const {
+    using V = Vec<Compute<E>>;
+    const int64_t column = block * kBlock + part * V::kLanes;
+    const int lanes = int(min_of(columns - column, int64_t(V::kLanes)));
+    if (lanes <= 0) return;
+    E* to = row(j) + column;
+    if (add) x = load_lanes(to, lanes) + x;
+    store_lanes(to, x, lanes);
+  }
+};
+// The rows of a panel to the rows from `first` on, times an optional factor per column.
+template <class E>
+void put_panel(const Compute<E>* panel, int64_t panel_block, int64_t rows, const Compute<E>* factor,
+               const Target<E>& target, int64_t first) {
+  using V = Vec<Compute<E>>;
+  const int64_t blocks = ceil_div(target.columns, kBlock);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int p = 0; p < kParts<Compute<E>>; ++p) {
+        V x = V::load(panel + block * panel_block + i * kBlock + p * V::kLanes);
+        if (factor) x = x * V::load(factor + block * kBlock + p * V::kLanes);
+        target.put(first + i, block, p, x);
+      }
+    }
+  }
+}
+// Row j of the target: the sum over queries of left[i][j] times row i of a panel, for n keys.
+template <class E>
+void put_outer(const Compute<E>* left, int64_t left_row, int64_t queries, const Compute<E>* panel, int64_t panel_block,
+               int64_t n, const Target<E>& target) {
+  using V = Vec<Compute<E>>;
+  const int64_t blocks = ceil_div(target.columns, kBlock);
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      for (int p = 0; p < kParts<Compute<E>>; ++p) {
+        V x(Compute<E>(0));
+        for (int64_t i = 0; i < queries; ++i) {
+          x = fma(V(left[i * left_row + j]), V::load(panel + block * panel_block + i * kBlock + p * V::kLanes), x);
+        }
+        target.put(j, block, p, x);
       }
     }
   }
 }
 
-// Of one block's part, one group of keys and all queries, with u = 1 - tanh^2 and ds = dL/dscore:
-//   dquery[i] += sum_j ds[i][j] u     dkey[j] += sum_i ds[i][j] u     dvector += sum_ij ds[i][j] tanh
-// The factor vector_a of the first two, the same for all pairs, is left to the end.
-template <class S>
-void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, int64_t group, int64_t offset_in_block,
-                       int64_t block, const Compute<S>* ds, int64_t ds_row, Compute<S>* dquery, Compute<S>* dkey,
-                       Compute<S>* dvector) {
+// Of one part of a block, the keys [j, j + kGroup) of n and all queries, with u = 1 - tanh^2 and ds = dL/dscore:
+//   dquery[i] += sum_j ds[i][j] u     dkey[j] = vector sum_i ds[i][j] u     dvector += sum_ij ds[i][j] tanh
+// dquery's factor vector_a, the same for all keys, is left to the end. Keys are read where they lie.
+template <class S, class E>
+void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, const Group<S>& group, int64_t block,
+                       int part, int64_t j, int64_t n, const Compute<S>* ds, int64_t ds_row, const Compute<S>* vector,
+                       Compute<S>* dquery, const Target<E>& dkey, Compute<S>* dvector) {
   using T = Compute<S>;
   using V = Vec<T>;
-  const int64_t q_offset = block * queries.block_stride() + offset_in_block;
-  const int64_t k_offset = block * keys.block_stride() + group * kBlock + offset_in_block;
+  const int64_t column = block * kBlock + part * V::kLanes;
+  const int64_t q_offset = block * queries.block_stride() + part * V::kLanes;
+  const int lanes = group.lanes(block, part);
+  const bool large = any_large(keys.large, j);
   const V one(T(1)), minus_two(T(-2)), four(T(4));
   V k[kGroup], dk[kGroup], dv(T(0));
   RNNKERN_UNROLL
-  for (int j = 0; j < kGroup; ++j) {
-    k[j] = V::load(keys.panel + k_offset + j * kBlock);
-    dk[j] = V(T(0));
+  for (int g = 0; g < kGroup; ++g) {
+    k[g] = exp_twice(group.load(g, block, part, lanes));
+    dk[g] = V(T(0));
   }
   for (int64_t i = 0; i < queries.rows; ++i) {
     V r[kGroup];
-    if (guarded(queries, i, keys, group)) {
-      const V q = V::load(queries.raw + q_offset + i * kBlock);
+    if (large || queries.large[queries.first + i]) {
+      const V q = load_lanes(queries.row(queries.first + i) + column, lanes);
       RNNKERN_UNROLL
-      for (int j = 0; j < kGroup; ++j) r[j] = denominator<false>(q, V::load(keys.raw + k_offset + j * kBlock));
+      for (int g = 0; g < kGroup; ++g) r[g] = denominator<false>(q, group.load(g, block, part, lanes));
     } else {
       const V q = V::load(queries.panel + q_offset + i * kBlock);
       RNNKERN_UNROLL
-      for (int j = 0; j < kGroup; ++j) r[j] = denominator<true>(q, k[j]);
+      for (int g = 0; g < kGroup; ++g) r[g] = denominator<true>(q, k[g]);
     }
     V dq = V::load(dquery + q_offset + i * kBlock);
     RNNKERN_UNROLL
-    for (int j = 0; j < kGroup; j += 2) invert_both(r[j], r[j + 1]);
+    for (int g = 0; g < kGroup; g += 2) invert_both(r[g], r[g + 1]);
     RNNKERN_UNROLL
-    for (int j = 0; j < kGroup; ++j) {
-      const V g(ds[i * ds_row + group + j]);
-      const V u = fma(V(T(0)) - r[j], r[j], r[j]) * four;
-      dq = fma(g, u, dq);
-      dk[j] = fma(g, u, dk[j]);
-      dv = fma(g, fma(minus_two, r[j], one), dv);
+    for (int g = 0; g < kGroup; ++g) {
+      const V d(ds[i * ds_row + j + g]);
+      const V u = fma(V(T(0)) - r[g], r[g], r[g]) * four;
+      dq = fma(d, u, dq);
+      dk[g] = fma(d, u, dk[g]);
+      dv = fma(d, fma(minus_two, r[g], one), dv);
     }
     dq.store(dquery + q_offset + i * kBlock);
   }
+  const V factor = V::load(vector + column);
   RNNKERN_UNROLL
-  for (int j = 0; j < kGroup; ++j) {
-    T* to = dkey + k_offset + j * kBlock;
-    (V::load(to) + dk[j]).store(to);
+  for (int g = 0; g < kGroup; ++g) {
+    if (j + g < n) dkey.put(j + g, block, part, dk[g] * factor);
   }
-  T* to = dvector + block * kBlock + offset_in_block;
-  (V::load(to) + dv).store(to);
+  (V::load(dvector + column) + dv).store(dvector + column);
 }
-
-template <class S>
-void additive_gradient(Operand<S>& queries, Operand<S>& keys, const Compute<S>* ds, int64_t ds_row, Compute<S>* dquery,
-                       Compute<S>* dkey, Compute<S>* dvector) {
-  load_guarded(queries, keys);
-  for (int64_t group = 0; group < keys.rows; group += kGroup) {
+template <class S, class E>
+void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, int64_t n, const Compute<S>* ds,
+                       int64_t ds_row, const Compute<S>* vector, Compute<S>* dquery, const Target<E>& dkey,
+                       Compute<S>* dvector) {
+  for (int64_t j = 0; j < n; j += kGroup) {
+    const Group<S> group = keys.group(j, n);
     for (int64_t block = 0; block < keys.blocks; ++block) {
-      for (int offset = 0; offset < kBlock; offset += Vec<Compute<S>>::kLanes) {
-        additive_gradient(queries, keys, group, offset, block, ds, ds_row, dquery, dkey, dvector);
+      for (int p = 0; p < kParts<Compute<S>>; ++p) {
+        additive_gradient(queries, keys, group, block, p, j, n, ds, ds_row, vector, dquery, dkey, dvector);
       }
     }
   }
