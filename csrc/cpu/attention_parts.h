@@ -52,19 +52,55 @@ RNNKERN_FN T fold(const Vec<T> (&parts)[kParts<T>]) {
   return fold_lanes<Vec<T>::kLanes / 2>(x[0]);
 }
 
-// e^2x within about 1 ulp: the correction carries the low part of log2(e) in float, too. Meaningless beyond
-// kFactorLimit.
-template <class T>
-RNNKERN_FN Vec<T> exp_twice(Vec<T> x) {
-  const ExpParts<T> e = exp_parts(x, T(2));
-  const Vec<T> y = fma(e.q, e.scale, e.scale);
-  if constexpr (sizeof(T) == 8) return y;
-  return fma(y, x * Vec<T>(T(2 * 0.6931471805599453 * 1.92596299e-8)), y);
+// x becomes e^2x, within about 1 ulp: the reduction carries the low part of log2(e), in float too. Meaningless beyond
+// kFactorLimit. As exp_parts in math.h, but several at a time, step by step, so that none waits for another; and the
+// exponent's bias comes with the magic number.
+template <class T, int kCount>
+RNNKERN_FN void exp_twice(Vec<T> (&x)[kCount]) {
+  using C = Exp2Constants<T>;
+  using V = Vec<T>;
+  const V magic(C::kMagic + C::kBias), log2e(2 * C::kLog2e), log2e_low(2 * C::kLog2eLow);
+  V shifted[kCount], r[kCount], p[kCount];
+  RNNKERN_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    shifted[i] = fma(x[i], log2e, magic);
+    p[i] = V(C::kCoefficients[0]);
+  }
+  RNNKERN_UNROLL
+  for (int i = 0; i < kCount; ++i) r[i] = fma(x[i], log2e, magic - shifted[i]);
+  RNNKERN_UNROLL
+  for (int i = 0; i < kCount; ++i) r[i] = fma(x[i], log2e_low, r[i]);
+  RNNKERN_UNROLL
+  for (int c = 1; c < int(sizeof(C::kCoefficients) / sizeof(T)); ++c) {
+    RNNKERN_UNROLL
+    for (int i = 0; i < kCount; ++i) p[i] = fma(p[i], r[i], V(C::kCoefficients[c]));
+  }
+  RNNKERN_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    const V scale(reinterpret_cast<typename V::Value>(reinterpret_cast<typename V::IntValue>(shifted[i].v)
+                                                      << C::kMantissa));
+    x[i] = fma(p[i] * r[i], scale, scale);
+  }
 }
+// The largest magnitude seen, as bits: NaN counts as largest.
 template <class T>
-RNNKERN_FN Vec<T> largest(Vec<T> peak, Vec<T> x) {
-  return maximum(peak, maximum(x, Vec<T>(T(0)) - x));
-}
+struct Peak {
+  using V = Vec<T>;
+  typename V::IntValue bits{};
+
+  RNNKERN_FN void see(V x) {
+    constexpr typename V::Int kMagnitude = sizeof(T) == 4 ? INT32_MAX : INT64_MAX;
+    const typename V::IntValue magnitude = reinterpret_cast<typename V::IntValue>(x.v) & kMagnitude;
+    bits = bits < magnitude ? magnitude : bits;
+  }
+  RNNKERN_FN bool is_large() const {
+    const typename V::IntValue limit = reinterpret_cast<typename V::IntValue>(V(kFactorLimit<T>).v);
+    const typename V::IntValue beyond = bits > limit;
+    typename V::Int any = 0;
+    for (int i = 0; i < V::kLanes; ++i) any |= beyond[i];
+    return any != 0;
+  }
+};
 
 // kGroup rows side by side, in a panel or where they lie. Columns beyond `columns` are zero.
 template <class E>
@@ -91,7 +127,7 @@ struct Operand {
   using T = Compute<S>;
   int64_t columns, blocks, capacity;  // capacity: rows between two blocks, a multiple of kGroup
   T* panel;                           // [blocks][capacity][16]
-  uint8_t* large;                     // additive: by row, whether it has an element beyond kFactorLimit
+  uint8_t* large;                     // additive: by row, whether it or its group goes beyond kFactorLimit
   const S* base = nullptr;            // row i is base + index[i] * stride
   int64_t stride = 0;
   const int64_t* index = nullptr;  // null: the identity
@@ -130,22 +166,22 @@ void load(Operand<S>& operand, int64_t first, int64_t rows) {
   operand.rows = rows;
   const int64_t padded = round_up(rows, kGroup);
   for (int64_t i = 0; i < padded; ++i) {
-    V peak(T(0));
+    Peak<T> peak;
     const S* row = i < rows ? operand.row(first + i) : nullptr;
     for (int64_t block = 0; block < operand.blocks; ++block) {
       for (int p = 0; p < kParts<T>; ++p) {
         const int64_t column = block * kBlock + p * V::kLanes;
         const int64_t left = row ? operand.columns - column : 0;
-        V x(T(0));
-        if (left > 0) x = load_lanes(row + column, int(min_of(left, int64_t(V::kLanes))));
+        V x[1] = {V(T(0))};
+        if (left > 0) x[0] = load_lanes(row + column, int(min_of(left, int64_t(V::kLanes))));
         if constexpr (kExponentials) {
-          peak = largest(peak, x);
-          x = exp_twice(x);
+          peak.see(x[0]);
+          exp_twice(x);
         }
-        x.store(operand.panel + block * operand.block_stride() + i * kBlock + p * V::kLanes);
+        x[0].store(operand.panel + block * operand.block_stride() + i * kBlock + p * V::kLanes);
       }
     }
-    if constexpr (kExponentials) operand.large[first + i] = max_lanes(peak) > kFactorLimit<T>;
+    if constexpr (kExponentials) operand.large[first + i] = peak.is_large();
   }
 }
 
@@ -221,132 +257,110 @@ RNNKERN_FN void invert_both(Vec<T>& x, Vec<T>& y) {
   y = kept * inverse;
 }
 
-// Where the elements of a query and of kGroup keys come from; `lanes` of them are there.
-// Packed exponentials of both.
-template <class T>
-struct PackedPair {
-  static constexpr bool kFactored = true;
-  const T* q;
-  int64_t q_block;
-  Group<T> k;
-  RNNKERN_FN Vec<T> query(int64_t block, int part, int) const {
-    return Vec<T>::load(q + block * q_block + part * Vec<T>::kLanes);
-  }
-  RNNKERN_FN Vec<T> key(int j, int64_t block, int part, int) { return k.load(j, block, part); }
-};
-// The keys' exponentials are taken on the way, and their largest elements.
-template <class S>
-struct HalfPackedPair {
-  using T = Compute<S>;
-  static constexpr bool kFactored = true;
-  const T* q;
-  int64_t q_block;
-  Group<S> k;
-  Vec<T> peak[kGroup] = {Vec<T>(T(0)), Vec<T>(T(0)), Vec<T>(T(0)), Vec<T>(T(0))};
-  RNNKERN_FN Vec<T> query(int64_t block, int part, int) const {
-    return Vec<T>::load(q + block * q_block + part * Vec<T>::kLanes);
-  }
-  RNNKERN_FN Vec<T> key(int j, int64_t block, int part, int lanes) {
-    const Vec<T> x = k.load(j, block, part, lanes);
-    peak[j] = largest(peak[j], x);
-    return exp_twice(x);
-  }
-};
-// The elements themselves.
-template <class S>
-struct RawPair {
-  using T = Compute<S>;
-  static constexpr bool kFactored = false;
-  const S* q;
-  Group<S> k;
-  RNNKERN_FN Vec<T> query(int64_t block, int part, int lanes) const {
-    return load_lanes(q + block * kBlock + part * Vec<T>::kLanes, lanes);
-  }
-  RNNKERN_FN Vec<T> key(int j, int64_t block, int part, int lanes) { return k.load(j, block, part, lanes); }
-};
+// What stands where the keys are: packed exponentials; or the elements, whose exponentials are taken on the way, or
+// whose sums with the query's elements are. The query has elements, too, in the last case, else packed exponentials.
+enum class Keys { packed, direct, raw };
 
-// Adds vector_a r_a over one part of two neighbouring blocks, or of one block, to the sums of kGroup keys. The second
-// block, or the only one, has `lanes` lanes.
-template <class T, class Pair>
-RNNKERN_FN void add_two_blocks(Pair& pair, const T* vector, int64_t block, int part, int lanes,
-                               Vec<T> (&sum)[kGroup]) {
+// Adds vector_a r_a over one part of kBlocks blocks to the sums of kGroup keys; the last block has `lanes` lanes.
+// Direct: and shows the keys' elements to `peak`.
+template <Keys kKeys, int kBlocks, class Q, class E, class T>
+RNNKERN_FN void add_additive(const Q* q, int64_t q_block, const Group<E>& keys, const T* vector, int64_t block,
+                             int part, int lanes, Vec<T> (&sum)[kGroup], Peak<T>& peak) {
   using V = Vec<T>;
-  const V q0 = pair.query(block, part, V::kLanes), q1 = pair.query(block + 1, part, lanes);
-  const T* v = vector + block * kBlock + part * V::kLanes;
-  const V v0 = V::load(v), v1 = V::load(v + kBlock);
+  int there[kBlocks];
+  V query[kBlocks], v[kBlocks];
   RNNKERN_UNROLL
-  for (int j = 0; j < kGroup; ++j) {
-    V d0 = denominator<Pair::kFactored>(q0, pair.key(j, block, part, V::kLanes));
-    V d1 = denominator<Pair::kFactored>(q1, pair.key(j, block + 1, part, lanes));
-    invert_both(d0, d1);
-    sum[j] = fma(v1, d1, fma(v0, d0, sum[j]));
+  for (int i = 0; i < kBlocks; ++i) {
+    there[i] = i + 1 < kBlocks ? V::kLanes : lanes;
+    query[i] = load_lanes(q + (block + i) * q_block + part * V::kLanes, there[i]);
+    v[i] = V::load(vector + (block + i) * kBlock + part * V::kLanes);
   }
-}
-template <class T, class Pair>
-RNNKERN_FN void add_block(Pair& pair, const T* vector, int64_t block, int part, int lanes, Vec<T> (&sum)[kGroup]) {
-  using V = Vec<T>;
-  const V q = pair.query(block, part, lanes), v = V::load(vector + block * kBlock + part * V::kLanes);
   RNNKERN_UNROLL
-  for (int j = 0; j < kGroup; ++j) {
-    const V d = denominator<Pair::kFactored>(q, pair.key(j, block, part, lanes));
-    sum[j] = fma(v, V(T(1)) / d, sum[j]);
+  for (int j = 0; j < kGroup; j += 2) {
+    V x[2 * kBlocks];  // [block][key]
+    RNNKERN_UNROLL
+    for (int i = 0; i < 2 * kBlocks; ++i) x[i] = keys.load(j + i % 2, block + i / 2, part, there[i / 2]);
+    if constexpr (kKeys == Keys::direct) {
+      RNNKERN_UNROLL
+      for (int i = 0; i < 2 * kBlocks; ++i) peak.see(x[i]);
+      exp_twice(x);
+    }
+    RNNKERN_UNROLL
+    for (int i = 0; i < 2 * kBlocks; ++i) x[i] = denominator<kKeys != Keys::raw>(query[i / 2], x[i]);
+    RNNKERN_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      if constexpr (kBlocks == 2) {
+        invert_both(x[i], x[i + 2]);
+      } else {
+        x[i] = V(T(1)) / x[i];
+      }
+    }
+    RNNKERN_UNROLL
+    for (int i = 0; i < 2 * kBlocks; ++i) sum[j + i % 2] = fma(v[i / 2], x[i], sum[j + i % 2]);
   }
 }
 // out[j] = -2 sum_a vector_a r_a for one query and kGroup keys. That is the score less sum_a vector_a, which is the
-// same for every key and cancels in the softmax.
-template <class T, class Pair>
-void additive_scores(Pair& pair, const T* vector, T* out) {
+// same for every key and cancels in the softmax. Direct: returns whether the keys have an element beyond kFactorLimit;
+// if so, the scores are meaningless.
+template <Keys kKeys, class Q, class E, class T>
+bool additive_scores(const Q* q, int64_t q_block, const Group<E>& keys, const T* vector, T* out) {
   using V = Vec<T>;
   V sum[kGroup][kParts<T>];
-  const int64_t full = pair.k.full_blocks(), blocks = pair.k.blocks();
+  Peak<T> peak;
+  const int64_t full = keys.full_blocks(), blocks = keys.blocks();
   RNNKERN_UNROLL
   for (int p = 0; p < kParts<T>; ++p) {
     V part[kGroup];
     RNNKERN_UNROLL
     for (int j = 0; j < kGroup; ++j) part[j] = V(T(0));
     int64_t block = 0;
-    for (; block + 2 <= full; block += 2) add_two_blocks(pair, vector, block, p, V::kLanes, part);
+    for (; block + 2 <= full; block += 2) {
+      add_additive<kKeys, 2>(q, q_block, keys, vector, block, p, V::kLanes, part, peak);
+    }
     if (block + 2 == blocks) {
-      add_two_blocks(pair, vector, block, p, pair.k.lanes(block + 1, p), part);
+      add_additive<kKeys, 2>(q, q_block, keys, vector, block, p, keys.lanes(block + 1, p), part, peak);
     } else if (block < blocks) {
-      add_block(pair, vector, block, p, pair.k.lanes(block, p), part);
+      add_additive<kKeys, 1>(q, q_block, keys, vector, block, p, keys.lanes(block, p), part, peak);
     }
     RNNKERN_UNROLL
     for (int j = 0; j < kGroup; ++j) sum[j][p] = part[j];
   }
   for (int j = 0; j < kGroup; ++j) out[j] = T(-2) * fold(sum[j]);
+  return kKeys == Keys::direct && peak.is_large();
 }
 // Whether one of the rows [j, j + kGroup) has an element beyond kFactorLimit.
 RNNKERN_FN bool any_large(const uint8_t* large, int64_t j) {
   return large[j] | large[j + 1] | large[j + 2] | large[j + 3];
 }
-// Keys [j, j + kGroup) of the n that there are, packed, against all queries.
+// The scores of one query and the keys [j, j + kGroup) of n, from their elements.
+template <class S>
+void guarded_scores(const Operand<S>& queries, int64_t i, const Operand<S>& keys, int64_t j, int64_t n,
+                    const Compute<S>* vector, Compute<S>* out) {
+  additive_scores<Keys::raw>(queries.row(i), kBlock, keys.group(j, n), vector, out);
+}
+// The same keys, packed, against all packed queries.
 template <class S>
 void packed_scores(const Operand<S>& queries, const Operand<S>& keys, int64_t j, int64_t n, const Compute<S>* vector,
                    Compute<S>* out, int64_t out_row) {
   const bool large = any_large(keys.large, j);
+  const Group<Compute<S>> group = keys.packed_group(j);
   for (int64_t i = queries.first; i < queries.first + queries.rows; ++i, out += out_row) {
     if (large || queries.large[i]) {
-      RawPair<S> pair{queries.row(i), keys.group(j, n)};
-      additive_scores(pair, vector, out);
+      guarded_scores(queries, i, keys, j, n, vector, out);
     } else {
-      PackedPair<Compute<S>> pair{queries.packed(i), queries.block_stride(), keys.packed_group(j)};
-      additive_scores(pair, vector, out);
+      additive_scores<Keys::packed>(queries.packed(i), queries.block_stride(), group, vector, out);
     }
   }
 }
-// The same where they lie, for the only query. Finds out which keys are large.
+// The same where they lie, against the only packed query. Finds out which keys are large.
 template <class S>
 void direct_scores(const Operand<S>& queries, const Operand<S>& keys, int64_t j, int64_t n, const Compute<S>* vector,
                    Compute<S>* out) {
-  using T = Compute<S>;
   const int64_t i = queries.first;
-  HalfPackedPair<S> half{queries.packed(i), queries.block_stride(), keys.group(j, n)};
-  additive_scores(half, vector, out);
-  for (int g = 0; g < kGroup; ++g) keys.large[j + g] = max_lanes(half.peak[g]) > kFactorLimit<T>;
-  if (!any_large(keys.large, j) && !queries.large[i]) return;
-  RawPair<S> pair{queries.row(i), half.k};
-  additive_scores(pair, vector, out);
+  const bool large =
+      additive_scores<Keys::direct>(queries.packed(i), queries.block_stride(), keys.group(j, n), vector, out);
+  memset(keys.large + j, large, kGroup);
+  if (large || queries.large[i]) guarded_scores(queries, i, keys, j, n, vector, out);
 }
 
 // to[i] (=, +=) sum over kKeys keys of left[i][j] times row j, for the rows i of a panel.
@@ -356,18 +370,19 @@ void add_rows(const Compute<S>* left, int64_t left_row, int64_t queries, const G
   using T = Compute<S>;
   using V = Vec<T>;
   const int64_t full = keys.full_blocks(), blocks = keys.blocks();
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int p = 0; p < kParts<T>; ++p) {
-      const int lanes = block < full ? V::kLanes : keys.lanes(block, p);
-      V x[kKeys];
+  for (int64_t i = 0; i < queries; ++i) {
+    V weight[kKeys];
+    RNNKERN_UNROLL
+    for (int j = 0; j < kKeys; ++j) weight[j] = V(left[i * left_row + j]);
+    for (int64_t block = 0; block < blocks; ++block) {
       RNNKERN_UNROLL
-      for (int j = 0; j < kKeys; ++j) x[j] = keys.load(j, block, p, lanes);
-      for (int64_t i = 0; i < queries; ++i) {
+      for (int p = 0; p < kParts<T>; ++p) {
+        const int lanes = block < full ? V::kLanes : keys.lanes(block, p);
         T* sum = to + block * to_block + i * kBlock + p * V::kLanes;
-        V y = from_zero ? V(T(0)) : V::load(sum);
+        V x = from_zero ? V(T(0)) : V::load(sum);
         RNNKERN_UNROLL
-        for (int j = 0; j < kKeys; ++j) y = fma(V(left[i * left_row + j]), x[j], y);
-        y.store(sum);
+        for (int j = 0; j < kKeys; ++j) x = fma(weight[j], keys.load(j, block, p, lanes), x);
+        x.store(sum);
       }
     }
   }
@@ -459,9 +474,10 @@ void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, const 
   V k[kGroup], dk[kGroup], dv(T(0));
   RNNKERN_UNROLL
   for (int g = 0; g < kGroup; ++g) {
-    k[g] = exp_twice(group.load(g, block, part, lanes));
+    k[g] = group.load(g, block, part, lanes);
     dk[g] = V(T(0));
   }
+  exp_twice(k);
   for (int64_t i = 0; i < queries.rows; ++i) {
     V r[kGroup];
     if (large || queries.large[queries.first + i]) {
