@@ -44,7 +44,8 @@ struct Scratch {
   using T = Compute<S>;
   int64_t* valid;  // [Tk]
   int64_t row;     // elements of a row of scores: Tk rounded up
-  T *vector, *scores, *context;
+  T* vector;       // 4 times the additive score's: so the gradients want it, and to the scores it is all the same
+  T *scores, *context;
   Operand<S> query, key, value;
   T* part;  // a tile's part of a sum
   // Backward only.
@@ -84,7 +85,7 @@ Scratch<S> make_scratch(const AttentionInputs& in, int64_t queries, bool in_plac
   Scratch<S> scratch(in, queries, in_place, backward, arena);
   if (scratch.vector && in.vector) {
     for (int64_t a = 0; a < round_up(in.D, kBlock); ++a) {
-      scratch.vector[a] = a < in.D ? to_compute(static_cast<const S*>(in.vector)[a]) : Compute<S>(0);
+      scratch.vector[a] = a < in.D ? 4 * to_compute(static_cast<const S*>(in.vector)[a]) : Compute<S>(0);
     }
   }
   return scratch;
@@ -193,7 +194,7 @@ void forward(const AttentionInputs& in, const AttentionOutputs& out, const Paral
 // Row j of the target: the sum over a block's queries of left[i][j] times row i of the panel of `right`.
 template <class S, class E>
 void multiply_transposed(const Compute<S>* left, int64_t count, bool in_place, const Operand<S>& right, int64_t n,
-                         const Scratch<S>& x, const Target<E>& target) {
+                         const Scratch<S>& x, Target<E> target) {
   using T = Compute<S>;
   if (in_place) {
     put_outer<E>(left, x.row, count, right.panel, right.block_stride(), n, target);
@@ -215,7 +216,7 @@ void multiply_transposed(const Compute<S>* left, int64_t count, bool in_place, c
 // dL/dscore of a query block, into x.dscores; dL/dvalue. x.scores holds the weights.
 template <class S, class E>
 void scores_gradient(const AttentionInputs& in, const AttentionGradients& grad, int64_t b, int64_t first, int64_t count,
-                     bool in_place, int64_t n, Scratch<S>& x, const Target<E>& dvalue) {
+                     bool in_place, int64_t n, Scratch<S>& x, Target<E> dvalue) {
   using T = Compute<S>;
   if (grad.dcontext.data) {
     load<false>(x.dcontext, first, count);

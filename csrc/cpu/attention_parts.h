@@ -261,7 +261,7 @@ RNNKERN_FN void invert_both(Vec<T>& x, Vec<T>& y) {
 // whose sums with the query's elements are. The query has elements, too, in the last case, else packed exponentials.
 enum class Keys { packed, direct, raw };
 
-// Adds vector_a r_a over one part of kBlocks blocks to the sums of kGroup keys; the last block has `lanes` lanes.
+// Adds 4 vector_a r_a over one part of kBlocks blocks to the sums of kGroup keys; the last block has `lanes` lanes.
 // Direct: and shows the keys' elements to `peak`.
 template <Keys kKeys, int kBlocks, class Q, class E, class T>
 RNNKERN_FN void add_additive(const Q* q, int64_t q_block, const Group<E>& keys, const T* vector, int64_t block,
@@ -325,7 +325,7 @@ bool additive_scores(const Q* q, int64_t q_block, const Group<E>& keys, const T*
     RNNKERN_UNROLL
     for (int j = 0; j < kGroup; ++j) sum[j][p] = part[j];
   }
-  for (int j = 0; j < kGroup; ++j) out[j] = T(-2) * fold(sum[j]);
+  for (int j = 0; j < kGroup; ++j) out[j] = T(-0.5) * fold(sum[j]);
   return kKeys == Keys::direct && peak.is_large();
 }
 // Whether one of the rows [j, j + kGroup) has an element beyond kFactorLimit.
@@ -403,7 +403,8 @@ void sum_rows(const Compute<S>* left, int64_t left_row, int64_t queries, const O
   }
 }
 
-// Rows of a tensor to write, or to add to: row j is base + index[j] * columns.
+// Rows of a tensor to write, or to add to: row j is base + index[j] * columns. Passed by value: a store might change
+// what a reference names, as far as the compiler knows, and it would load all of it again.
 template <class E>
 struct Target {
   E* base;
@@ -412,28 +413,30 @@ struct Target {
   bool add;
 
   E* row(int64_t j) const { return base + (index ? index[j] : j) * columns; }
-  RNNKERN_FN void put(int64_t j, int64_t block, int part, Vec<Compute<E>> x) const {
+  // One part of a block of a row.
+  RNNKERN_FN void put(E* row, int64_t block, int part, Vec<Compute<E>> x) const {
     using V = Vec<Compute<E>>;
     const int64_t column = block * kBlock + part * V::kLanes;
     const int lanes = int(min_of(columns - column, int64_t(V::kLanes)));
     if (lanes <= 0) return;
-    E* to = row(j) + column;
-    if (add) x = load_lanes(to, lanes) + x;
-    store_lanes(to, x, lanes);
+    if (add) x = load_lanes(row + column, lanes) + x;
+    store_lanes(row + column, x, lanes);
   }
 };
 // The rows of a panel to the rows from `first` on, times an optional factor per column.
 template <class E>
 void put_panel(const Compute<E>* panel, int64_t panel_block, int64_t rows, const Compute<E>* factor,
-               const Target<E>& target, int64_t first) {
+               Target<E> target, int64_t first) {
   using V = Vec<Compute<E>>;
   const int64_t blocks = ceil_div(target.columns, kBlock);
   for (int64_t i = 0; i < rows; ++i) {
+    E* row = target.row(first + i);
     for (int64_t block = 0; block < blocks; ++block) {
+      RNNKERN_UNROLL
       for (int p = 0; p < kParts<Compute<E>>; ++p) {
         V x = V::load(panel + block * panel_block + i * kBlock + p * V::kLanes);
         if (factor) x = x * V::load(factor + block * kBlock + p * V::kLanes);
-        target.put(first + i, block, p, x);
+        target.put(row, block, p, x);
       }
     }
   }
@@ -441,83 +444,92 @@ void put_panel(const Compute<E>* panel, int64_t panel_block, int64_t rows, const
 // Row j of the target: the sum over queries of left[i][j] times row i of a panel, for n keys.
 template <class E>
 void put_outer(const Compute<E>* left, int64_t left_row, int64_t queries, const Compute<E>* panel, int64_t panel_block,
-               int64_t n, const Target<E>& target) {
+               int64_t n, Target<E> target) {
   using V = Vec<Compute<E>>;
   const int64_t blocks = ceil_div(target.columns, kBlock);
   for (int64_t j = 0; j < n; ++j) {
+    E* row = target.row(j);
+    const V first(left[j]);
     for (int64_t block = 0; block < blocks; ++block) {
+      RNNKERN_UNROLL
       for (int p = 0; p < kParts<Compute<E>>; ++p) {
-        V x(Compute<E>(0));
-        for (int64_t i = 0; i < queries; ++i) {
-          x = fma(V(left[i * left_row + j]), V::load(panel + block * panel_block + i * kBlock + p * V::kLanes), x);
-        }
-        target.put(j, block, p, x);
+        const Compute<E>* right = panel + block * panel_block + p * V::kLanes;
+        V x = fma(first, V::load(right), V(Compute<E>(0)));
+        for (int64_t i = 1; i < queries; ++i) x = fma(V(left[i * left_row + j]), V::load(right + i * kBlock), x);
+        target.put(row, block, p, x);
       }
     }
   }
 }
 
-// Of one part of a block, the keys [j, j + kGroup) of n and all queries, with u = 1 - tanh^2 and ds = dL/dscore:
-//   dquery[i] += sum_j ds[i][j] u     dkey[j] = vector sum_i ds[i][j] u     dvector += sum_ij ds[i][j] tanh
-// dquery's factor vector_a, the same for all keys, is left to the end. Keys are read where they lie.
+// Of one part of a block, a group of keys (`there` of them) and all queries, with 1 - tanh^2 = 4 (r - r^2) and
+// ds = dL/dscore:
+//   dquery[i] += sum_j ds[i][j] (r - r^2)     dkey[j] = 4 vector sum_i ds[i][j] (r - r^2)
+//   dvector += sum_ij ds[i][j] tanh
+// dquery's factor 4 vector_a, the same for all keys, is left to the end. Keys are read where they lie.
 template <class S, class E>
-void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, const Group<S>& group, int64_t block,
-                       int part, int64_t j, int64_t n, const Compute<S>* ds, int64_t ds_row, const Compute<S>* vector,
-                       Compute<S>* dquery, const Target<E>& dkey, Compute<S>* dvector) {
+void additive_gradient(const Operand<S>& queries, bool large, Group<S> keys, int64_t block, int part, const Compute<S>* ds,
+                       int64_t ds_row, const Compute<S>* vector, Compute<S>* dquery, E* const (&dkey)[kGroup],
+                       int64_t there, Target<E> target, Compute<S>* dvector) {
   using T = Compute<S>;
   using V = Vec<T>;
   const int64_t column = block * kBlock + part * V::kLanes;
-  const int64_t q_offset = block * queries.block_stride() + part * V::kLanes;
-  const int lanes = group.lanes(block, part);
-  const bool large = any_large(keys.large, j);
-  const V one(T(1)), minus_two(T(-2)), four(T(4));
+  const int64_t rows = queries.rows, q_offset = block * queries.block_stride() + part * V::kLanes;
+  const uint8_t* large_query = queries.large + queries.first;
+  const T* q_panel = queries.panel + q_offset;
+  const int lanes = keys.lanes(block, part);
+  const V one(T(1)), minus_two(T(-2));
   V k[kGroup], dk[kGroup], dv(T(0));
   RNNKERN_UNROLL
-  for (int g = 0; g < kGroup; ++g) {
-    k[g] = group.load(g, block, part, lanes);
-    dk[g] = V(T(0));
+  for (int j = 0; j < kGroup; ++j) {
+    k[j] = keys.load(j, block, part, lanes);
+    dk[j] = V(T(0));
   }
   exp_twice(k);
-  for (int64_t i = 0; i < queries.rows; ++i) {
+  for (int64_t i = 0; i < rows; ++i) {
     V r[kGroup];
-    if (large || queries.large[queries.first + i]) {
+    if (large || large_query[i]) {
       const V q = load_lanes(queries.row(queries.first + i) + column, lanes);
       RNNKERN_UNROLL
-      for (int g = 0; g < kGroup; ++g) r[g] = denominator<false>(q, group.load(g, block, part, lanes));
+      for (int j = 0; j < kGroup; ++j) r[j] = denominator<false>(q, keys.load(j, block, part, lanes));
     } else {
-      const V q = V::load(queries.panel + q_offset + i * kBlock);
+      const V q = V::load(q_panel + i * kBlock);
       RNNKERN_UNROLL
-      for (int g = 0; g < kGroup; ++g) r[g] = denominator<true>(q, k[g]);
+      for (int j = 0; j < kGroup; ++j) r[j] = denominator<true>(q, k[j]);
     }
-    V dq = V::load(dquery + q_offset + i * kBlock);
+    T* dq_lanes = dquery + q_offset + i * kBlock;
+    V dq = V::load(dq_lanes);
     RNNKERN_UNROLL
-    for (int g = 0; g < kGroup; g += 2) invert_both(r[g], r[g + 1]);
+    for (int j = 0; j < kGroup; j += 2) invert_both(r[j], r[j + 1]);
     RNNKERN_UNROLL
-    for (int g = 0; g < kGroup; ++g) {
-      const V d(ds[i * ds_row + j + g]);
-      const V u = fma(V(T(0)) - r[g], r[g], r[g]) * four;
-      dq = fma(d, u, dq);
-      dk[g] = fma(d, u, dk[g]);
-      dv = fma(d, fma(minus_two, r[g], one), dv);
+    for (int j = 0; j < kGroup; ++j) {
+      const V d(ds[i * ds_row + j]);
+      const V u = d * fma(V(-r[j].v), r[j], r[j]);  // a product and two sums, since sums have units of their own
+      dq = dq + u;
+      dk[j] = dk[j] + u;
+      dv = fma(d, fma(minus_two, r[j], one), dv);
     }
-    dq.store(dquery + q_offset + i * kBlock);
+    dq.store(dq_lanes);
   }
   const V factor = V::load(vector + column);
   RNNKERN_UNROLL
-  for (int g = 0; g < kGroup; ++g) {
-    if (j + g < n) dkey.put(j + g, block, part, dk[g] * factor);
+  for (int j = 0; j < kGroup; ++j) {
+    if (j < there) target.put(dkey[j], block, part, dk[j] * factor);
   }
   (V::load(dvector + column) + dv).store(dvector + column);
 }
 template <class S, class E>
 void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, int64_t n, const Compute<S>* ds,
-                       int64_t ds_row, const Compute<S>* vector, Compute<S>* dquery, const Target<E>& dkey,
+                       int64_t ds_row, const Compute<S>* vector, Compute<S>* dquery, Target<E> dkey,
                        Compute<S>* dvector) {
   for (int64_t j = 0; j < n; j += kGroup) {
     const Group<S> group = keys.group(j, n);
+    const bool large = any_large(keys.large, j);
+    E* rows[kGroup];
+    for (int g = 0; g < kGroup; ++g) rows[g] = dkey.row(min_of(j + g, n - 1));
     for (int64_t block = 0; block < keys.blocks; ++block) {
       for (int p = 0; p < kParts<Compute<S>>; ++p) {
-        additive_gradient(queries, keys, group, block, p, j, n, ds, ds_row, vector, dquery, dkey, dvector);
+        additive_gradient(queries, large, group, block, p, ds + j, ds_row, vector, dquery, rows, n - j, dkey, dvector);
       }
     }
   }
