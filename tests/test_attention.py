@@ -208,17 +208,17 @@ def test_threads_change_no_bit(score: str, B: int, isa: str) -> None:
 
 
 @needs_kernels
-def test_avx2_and_avx512_agree_to_the_bit() -> None:
+@pytest.mark.parametrize("Tq", [1, 3, 5, 70])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_avx2_and_avx512_agree_to_the_bit(score: str, Tq: int) -> None:
     supported = [name for name in ("avx2", "avx512") if name in rnnkern._library.extension.supported_isas()]
     if len(supported) < 2:
         pytest.skip("needs AVX-512")
-    problem = make_problem("additive", 2, 5, 30, 40, 20)
-    before = rnnkern._library.extension.get_isa()
+    problem = make_problem(score, 2, Tq, 30, 40, 20)
     results = []
     for name in supported:
-        rnnkern._library.extension.set_isa(name)
-        results.append(problem.run("cpu"))
-    rnnkern._library.extension.set_isa(before)
+        with instruction_set(name):
+            results.append(problem.run("cpu"))
     assert_same_bits(*results)
 
 
@@ -236,39 +236,53 @@ import torch
 import rnnkern
 from rnnkern.functional import Additive, attention
 torch.set_num_threads(2)
-def run(B, T, A):
-    q, k, v = (torch.randn(B, T, A, requires_grad=True) for _ in range(3))
-    context, _ = attention(q, k, v, score=Additive(torch.randn(A, requires_grad=True)))
-    context.sum().backward()
+def run(score, B, Tq, Tk, A):
+    q, k, v = (torch.randn(B, T, A, requires_grad=True) for T in (Tq, Tk, Tk))
+    kind = Additive(torch.randn(A, requires_grad=True)) if score == "additive" else score
+    context, _ = attention(q, k, v, score=kind)
+    context.backward(torch.ones(B, Tq, A))
+    return sum(2 * t.numel() for t in (q, k, v, context)) * 4 / 2**20
 def status(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-with rnnkern.backend(sys.argv[1]):
-    run(1, 4, 8)
+backend, score, *sizes = sys.argv[1:]
+with rnnkern.backend(backend):
+    run(score, 1, 4, 4, 8)
     ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts here, not at what the parent had
     except OSError:
         sys.exit()
     before = status("VmRSS")
-    run(4, 200, 512)
-    print(status("VmHWM") - before)
+    tensors = run(score, *map(int, sizes))
+    print(status("VmHWM") - before - tensors)
 """
 
 
+def peak_mib(backend: str, score: str, *sizes: int) -> float:
+    """MiB beyond inputs, output and their gradients, of forward and backward at B, Tq, Tk, A on two threads."""
+    command = [sys.executable, "-c", PEAK, backend, score, *map(str, sizes)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if not done.stdout:
+        pytest.skip("the system does not let a process reset its peak")
+    return float(done.stdout)
+
+
 @needs_kernels
-def test_peak_memory() -> None:
-    """Forward and backward at B=4, Tq=Tk=200, A=512: the B x Tq x Tk x A tensor alone is 313 MiB.
+@pytest.mark.parametrize("score", ["dot", "additive"])
+@pytest.mark.parametrize(
+    ("B", "Tq", "Tk", "A"),
+    [
+        (4, 200, 200, 512),  # B Tq Tk A floats: 313 MiB; scratch per thread: 1.7 MiB
+        (2, 64, 4000, 512),  # a panel of all keys and values: 16 MiB per thread; scratch: 4.3 MiB
+        (2, 1, 8000, 512),  # the same: 31 MiB; scratch: 0.2 MiB
+    ],
+)
+def test_peak_memory(score: str, B: int, Tq: int, Tk: int, A: int) -> None:
+    """Two threads' scratch, and 4 MiB for what the process itself takes."""
+    scratch = 2 * min(Tq, 64) * Tk + (5 * min(256, Tk) if Tq > 4 else 0) * A + 5 * min(Tq, 64) * A  # floats
+    assert peak_mib("cpu", score, B, Tq, Tk, A) < 2 * scratch * 4 / 2**20 + 4
 
-    Inputs, output and gradients are 8 tensors of 1.6 MiB, and each thread has about 5 MiB of scratch. The formula in
-    plain torch shows that the measurement sees more.
-    """
 
-    def peak(backend: str) -> float:
-        done = subprocess.run([sys.executable, "-c", PEAK, backend], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        if not done.stdout:
-            pytest.skip("the system does not let a process reset its peak")
-        return float(done.stdout)
-
-    assert peak("cpu") < 64
-    assert peak("eager") > 313
+def test_peak_memory_is_seen() -> None:
+    assert peak_mib("eager", "additive", 4, 200, 200, 512) > 313

@@ -1,9 +1,9 @@
 // Attention, once per instruction set: see attention.h for the maths and attention_parts.h for the panels.
 //
-// A unit of work is a block of queries of one batch row, against all of that row's valid keys. For many queries keys and
-// values are packed a tile at a time, so that a tile stays in cache; for few they are read where they lie, since a copy
-// would cost more than the work. Backward computes the scores and the softmax again, to the same bits: nothing of size
-// Tq x Tk is kept. A row's gradients of key and value are summed over its query blocks in order, by one thread.
+// A unit of work is a block of queries of one batch row, against all of that row's valid keys. For many queries keys
+// and values are packed a tile at a time, so that a tile stays in cache; for few they are read where they lie, since a
+// copy would cost more than the work. Backward computes the scores and the softmax again, to the same bits: nothing of
+// size Tq x Tk is kept. A row's gradients of key and value are summed over its query blocks in order, by one thread.
 //
 // Scratch, per thread: a block's scores (two of them in backward), at most 64 Tk elements each; panels for a block of
 // queries and a tile of keys and values, at most (128 + 256) (D + Dv) elements; a few words per key.
@@ -26,7 +26,9 @@ constexpr bool reads_in_place(int64_t queries) {
   return queries <= (kAdditive ? 1 : 4);  // more additive queries share the keys' exponentials
 }
 
-int64_t query_block(const AttentionInputs& in) { return min_of(in.Tq, in.Tk < kLongRow ? kQueryBlock : kLongRowQueries); }
+int64_t query_block(const AttentionInputs& in) {
+  return min_of(in.Tq, in.Tk < kLongRow ? kQueryBlock : kLongRowQueries);
+}
 
 template <class S>
 Operand<S> take_operand(Arena& arena, int64_t columns, int64_t rows, int64_t flags) {

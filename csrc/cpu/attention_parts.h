@@ -77,8 +77,8 @@ RNNKERN_FN void exp_twice(Vec<T> (&x)[kCount]) {
   }
   RNNKERN_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    const V scale(reinterpret_cast<typename V::Value>(reinterpret_cast<typename V::IntValue>(shifted[i].v)
-                                                      << C::kMantissa));
+    const V scale(
+        reinterpret_cast<typename V::Value>(reinterpret_cast<typename V::IntValue>(shifted[i].v) << C::kMantissa));
     x[i] = fma(p[i] * r[i], scale, scale);
   }
 }
@@ -425,8 +425,8 @@ struct Target {
 };
 // The rows of a panel to the rows from `first` on, times an optional factor per column.
 template <class E>
-void put_panel(const Compute<E>* panel, int64_t panel_block, int64_t rows, const Compute<E>* factor,
-               Target<E> target, int64_t first) {
+void put_panel(const Compute<E>* panel, int64_t panel_block, int64_t rows, const Compute<E>* factor, Target<E> target,
+               int64_t first) {
   using V = Vec<Compute<E>>;
   const int64_t blocks = ceil_div(target.columns, kBlock);
   for (int64_t i = 0; i < rows; ++i) {
@@ -468,9 +468,9 @@ void put_outer(const Compute<E>* left, int64_t left_row, int64_t queries, const 
 //   dvector += sum_ij ds[i][j] tanh
 // dquery's factor 4 vector_a, the same for all keys, is left to the end. Keys are read where they lie.
 template <class S, class E>
-void additive_gradient(const Operand<S>& queries, bool large, Group<S> keys, int64_t block, int part, const Compute<S>* ds,
-                       int64_t ds_row, const Compute<S>* vector, Compute<S>* dquery, E* const (&dkey)[kGroup],
-                       int64_t there, Target<E> target, Compute<S>* dvector) {
+void additive_gradient(const Operand<S>& queries, bool large, Group<S> keys, int64_t block, int part,
+                       const Compute<S>* ds, int64_t ds_row, const Compute<S>* vector, Compute<S>* dquery,
+                       E* const (&dkey)[kGroup], int64_t there, Target<E> target, Compute<S>* dvector) {
   using T = Compute<S>;
   using V = Vec<T>;
   const int64_t column = block * kBlock + part * V::kLanes;

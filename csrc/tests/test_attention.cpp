@@ -1,5 +1,5 @@
 // The attention kernels against plain double loops: scores, dtypes, lengths, masks, odd sizes, threads, padding never
-// read.
+// read; and queries alone against the same queries together.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -204,6 +204,34 @@ void check(const Problem& p, const Results& expected, double tolerance) {
         "threads change the result: Tq=%d Tk=%d D=%d", int(p.c.Tq), int(p.c.Tk), int(p.c.D));
 }
 
+// Few queries read keys and values where they lie, many pack them: to the same bits.
+template <class T>
+void check_alone(const Problem& p) {
+  const Case& c = p.c;
+  const Results together = run<T>(p, 1);
+  for (int64_t count : {1, 2, 4}) {
+    for (int64_t first = 0; first + count <= c.Tq; first += count) {
+      Problem alone = p;
+      alone.c.Tq = count;
+      const auto rows = [&](const std::vector<double>& x, int64_t columns) {
+        std::vector<double> taken;
+        for (int64_t b = 0; b < c.B; ++b) {
+          const auto begin = x.begin() + (b * c.Tq + first) * columns;
+          taken.insert(taken.end(), begin, begin + count * columns);
+        }
+        return taken;
+      };
+      alone.q = rows(p.q, c.D);
+      alone.dcontext = rows(p.dcontext, c.Dv);
+      alone.dweights = rows(p.dweights, c.Tk);
+      const Results r = run<T>(alone, 1);
+      CHECK(r.context == rows(together.context, c.Dv) && r.weights == rows(together.weights, c.Tk),
+            "%d queries from %d on differ alone: %s B=%d Tk=%d D=%d Dv=%d size=%g", int(count), int(first),
+            c.score == Score::dot ? "dot" : "additive", int(c.B), int(c.Tk), int(c.D), int(c.Dv), c.size);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -213,8 +241,9 @@ int main() {
     std::printf("%s\n", error.what());
     return 77;
   }
-  const int64_t shapes[][5] = {{1, 1, 1, 1, 1}, {3, 1, 7, 17, 5}, {2, 5, 50, 100, 33},  {2, 67, 261, 48, 16},
-                               {0, 3, 4, 5, 6}, {2, 3, 0, 5, 6},  {2, 130, 40, 20, 100}};
+  const int64_t shapes[][5] = {{1, 1, 1, 1, 1},       {3, 1, 7, 17, 5},    {2, 5, 50, 100, 33},
+                               {2, 67, 261, 48, 16},  {0, 3, 4, 5, 6},     {2, 3, 0, 5, 6},
+                               {2, 130, 40, 20, 100}, {2, 1, 261, 33, 48}, {2, 3, 530, 7, 20}};
   for (Score score : {Score::dot, Score::additive}) {
     for (const auto& s : shapes) {
       for (int padding = 0; padding < 3; ++padding) {
@@ -225,6 +254,13 @@ int main() {
           check<float>(p, expected, 2e-5);
           check<double>(p, expected, 2e-13);
         }
+      }
+    }
+    for (int64_t D : {1, 16, 17, 33, 48, 100}) {
+      for (double size : {1.0, 10.5}) {  // some rows of the latter are beyond float's guard, some are not
+        const Problem p = make({score, 2, 8, D == 33 ? 261 : 50, D, 37, size, false, size > 1});
+        check_alone<float>(p);
+        check_alone<double>(p);
       }
     }
   }
