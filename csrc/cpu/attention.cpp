@@ -23,7 +23,7 @@ constexpr int64_t kLongRowQueries = 8;
 // Whether so many queries read keys and values where they lie.
 template <bool kAdditive>
 constexpr bool reads_in_place(int64_t queries) {
-  return queries <= (kAdditive ? 1 : 4);  // more additive queries share the keys' exponentials
+  return queries <= (kAdditive ? 1 : 8);  // more additive queries share the keys' exponentials
 }
 
 int64_t query_block(const AttentionInputs& in) {
