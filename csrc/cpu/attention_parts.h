@@ -109,6 +109,7 @@ struct Group {
   const E* row[kGroup];
   int64_t block_stride;
   int64_t columns;
+  int64_t next = 0;  // elements to the next group, if keys lie one after another
 
   int64_t full_blocks() const { return columns / kBlock; }
   int64_t blocks() const { return ceil_div(columns, kBlock); }
@@ -118,6 +119,10 @@ struct Group {
   }
   RNNKERN_FN V load(int j, int64_t block, int part, int lanes = V::kLanes) const {
     return load_lanes(row[j] + block * block_stride + part * V::kLanes, lanes);
+  }
+  // A hint: arithmetic between two loads outlasts what the core fetches ahead by itself.
+  RNNKERN_FN void prefetch_next(int j, int64_t block, int part) const {
+    __builtin_prefetch(row[j] + next + block * block_stride + part * V::kLanes);
   }
 };
 
@@ -143,7 +148,10 @@ struct Operand {
   }
   Group<S> group(int64_t i, int64_t count) const {
     const int64_t last = count - 1;
-    return {{row(i), row(min_of(i + 1, last)), row(min_of(i + 2, last)), row(min_of(i + 3, last))}, kBlock, columns};
+    return {{row(i), row(min_of(i + 1, last)), row(min_of(i + 2, last)), row(min_of(i + 3, last))},
+            kBlock,
+            columns,
+            kGroup * stride};
   }
 };
 static_assert(kGroup == 4, "groups are written out");
@@ -282,7 +290,10 @@ RNNKERN_FN void add_additive(const Q* q, int64_t q_block, const Group<E>& keys, 
     for (int i = 0; i < 2 * kBlocks; ++i) x[i] = keys.load(j + i % 2, block + i / 2, part, there[i / 2]);
     if constexpr (kKeys == Keys::direct) {
       RNNKERN_UNROLL
-      for (int i = 0; i < 2 * kBlocks; ++i) peak.see(x[i]);
+      for (int i = 0; i < 2 * kBlocks; ++i) {
+        keys.prefetch_next(j + i % 2, block + i / 2, part);
+        peak.see(x[i]);
+      }
       exp_twice(x);
     }
     RNNKERN_UNROLL
