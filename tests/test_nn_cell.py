@@ -1,5 +1,6 @@
 """RNNCell, LSTMCell and GRUCell in the place of torch's."""
 
+import contextlib
 import copy
 import pickle
 from typing import Any
@@ -111,3 +112,38 @@ def test_compiled_without_a_graph_break(kind: str) -> None:
     torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(run(x), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_gradients_past_the_dispatcher_are_those_of_the_operator(kind: str, dtype: torch.dtype) -> None:
+    module = pair(kind, dtype=dtype)[0]
+    states = [torch.randn(B, H, dtype=dtype) for _ in range(2 if kind == "LSTMCell" else 1)]
+    x = torch.randn(B, I, dtype=dtype)
+    results = []
+    for forced in (None, *BACKENDS[1:]):
+        for wanted in ("all", "input", "weights"):
+            leaves = [t.clone().requires_grad_(wanted != "weights") for t in (x, *states)]
+            module.requires_grad_(wanted != "input")
+            with contextlib.nullcontext() if forced is None else rnnkern.backend(forced):
+                out = tree_leaves(module(leaves[0], leaves[1] if len(states) == 1 else tuple(leaves[1:])))
+                sum(o.float().sum() for o in out).backward()  # a gradient that is not contiguous
+            grads = [t.grad for t in (*leaves, *module.parameters())]
+            module.zero_grad()
+            results.append([*(o.detach() for o in out), *grads])
+    for alone, operator in zip(results[:3], results[3:]):
+        for a, b in zip(alone, operator, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_derivatives_of_any_order(kind: str) -> None:
+    module = pair(kind, dtype=torch.float64)[0]
+    states = [torch.randn(B, H, dtype=torch.float64, requires_grad=True) for _ in range(2 if kind == "LSTMCell" else 1)]
+    x = torch.randn(B, I, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tree_leaves(module(x, states[0] if len(states) == 1 else states)))
+
+    assert torch.autograd.gradcheck(run, (x, *states))
+    assert torch.autograd.gradgradcheck(run, (x, *states))

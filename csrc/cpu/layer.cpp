@@ -31,29 +31,51 @@ constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed we
 // a stream of short calls would meet each time; training steps follow each other closely.
 constexpr double kSerialWork = 4e6, kSerialTrainingWork = 5e5;
 
+#define RNNKERN_NUMBER(cell, Struct) number_of_##cell,
+enum { RNNKERN_FOR_EACH_CELL(RNNKERN_NUMBER) };  // a cell's index in cell_traits()
+#undef RNNKERN_NUMBER
+
 const LayerKernels& kernels_of(int cell, Dtype dtype) {
-  const std::string& name = cell_traits().at(size_t(cell)).name;
   const Isa isa = current_isa();
 #define RNNKERN_PICK(isa_, cell_) \
-  if (isa == Isa::isa_ && name == #cell_) return isa_::cell_##_kernels(dtype);
+  if (isa == Isa::isa_ && cell == number_of_##cell_) return isa_::cell_##_kernels(dtype);
   RNNKERN_FOR_EACH_ISA_AND_CELL(RNNKERN_PICK)
 #undef RNNKERN_PICK
-  throw std::runtime_error("no kernels for cell '" + name + "'");
+  throw std::runtime_error("no kernels for cell '" + cell_traits().at(size_t(cell)).name + "'");
 }
+
+// An array whose memory is its own while it is short: a short call asks the allocator for nothing.
+template <class T>
+class Array {
+ public:
+  explicit Array(int64_t size) {
+    if (size <= kShort) return;
+    long_.resize(size_t(size));
+    data_ = long_.data();
+  }
+  Array(const Array&) = delete;
+  T* data() { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+
+ private:
+  static constexpr int64_t kShort = 16;
+  T short_[kShort] = {};
+  std::vector<T> long_;
+  T* data_ = short_;
+};
 
 // The plan together with the arrays that it points to.
 class Plan {
  public:
-  Plan(int cell, const LayerInputs& in, const ParallelFor& parallel, bool training) : order_(in.B), length_(in.B) {
-    std::iota(order_.begin(), order_.end(), 0);
+  Plan(int cell, const LayerInputs& in, const ParallelFor& parallel, bool training)
+      : order_(in.B), length_(in.B), alive_(in.T), first_row_(in.T + 1) {
+    std::iota(order_.data(), order_.data() + in.B, 0);
     if (in.lengths) {
-      std::stable_sort(order_.begin(), order_.end(),
+      std::stable_sort(order_.data(), order_.data() + in.B,
                        [&](int32_t a, int32_t b) { return in.lengths[a] > in.lengths[b]; });
     }
     for (int64_t m = 0; m < in.B; ++m) length_[m] = in.lengths ? in.lengths[order_[m]] : in.T;
     plan.steps = in.B > 0 ? length_[0] : 0;
-    alive_.resize(plan.steps);
-    first_row_.resize(plan.steps + 1);
     int64_t rows = in.B;
     for (int64_t t = 0; t < plan.steps; ++t) {
       while (length_[rows - 1] <= t) --rows;
@@ -69,34 +91,54 @@ class Plan {
     plan.alive = alive_.data();
     plan.first_row = first_row_.data();
     plan.members = work < (training ? kSerialTrainingWork : kSerialWork) ? 1 : std::max(1, parallel.threads);
-    flags_.resize(plan.members);
-    plan.flags = flags_.data();
+    if (plan.members > 1) flags_.resize(size_t(plan.members));
+    plan.flags = plan.members > 1 ? flags_.data() : &alone_;
   }
   LayerPlan plan{};
 
  private:
-  std::vector<int32_t> order_, alive_;
-  std::vector<int64_t> length_, first_row_;
+  Array<int32_t> order_;
+  Array<int64_t> length_;
+  Array<int32_t> alive_;
+  Array<int64_t> first_row_;
   std::vector<Flag> flags_;
+  Flag alone_;
 };
 
-// A few elements of each weight as they lie in memory, spread over rows and columns by the golden ratio; and, in what
-// they leave of each word, the instruction set, since packs of bfloat16 differ.
-void sample_weights(const LayerInputs& in, int gates, uint64_t* samples) {
-  const size_t size = size_t(dtype_size(in.dtype));
+// A few elements of each weight as they lie in memory, spread over rows and columns by the golden ratio: element
+// frac((s + 1) * ratio) * count, without a division, which would cost a short call a third of a microsecond. What a
+// 16-bit weight leaves of its word tells the instruction set, since packs of bfloat16 differ.
+template <class Word>
+void sample_words(const LayerInputs& in, int gates, uint64_t* samples) {
+  const uint64_t mark = sizeof(Word) == 2 ? uint64_t(current_isa()) << 32 : 0;
   for (int d = 0; d < 2; ++d) {
     const LayerWeights& w = in.weights[d];
     const void* data[4] = {w.w_ih, w.w_hh, w.b_ih, w.b_hh};
     const uint64_t rows = uint64_t(gates * in.H),
                    counts[4] = {rows * uint64_t(in.I), rows * uint64_t(in.H), rows, rows};
-    for (int i = 0; i < 4; ++i) {
-      for (uint64_t s = 0; s < kSamples; ++s, ++samples) {
-        *samples = uint64_t(current_isa()) << 32;
-        if (d >= in.D || !data[i] || counts[i] == 0) continue;
-        const uint64_t at = (s + 1) * 0x9e3779b97f4a7c15 % counts[i];
-        memcpy(samples, static_cast<const char*>(data[i]) + at * size, size);
+    for (int i = 0; i < 4; ++i, samples += kSamples) {
+      if (d >= in.D || !data[i] || counts[i] == 0) {
+        std::fill_n(samples, kSamples, 0);
+        continue;
+      }
+      for (uint64_t s = 0; s < kSamples; ++s) {
+        const uint64_t at = uint64_t(static_cast<unsigned __int128>((s + 1) * 0x9e3779b97f4a7c15) * counts[i] >> 64);
+        Word word;
+        memcpy(&word, static_cast<const Word*>(data[i]) + at, sizeof(word));
+        samples[s] = word | mark;
       }
     }
+  }
+}
+
+void sample_weights(const LayerInputs& in, int gates, uint64_t* samples) {
+  switch (dtype_size(in.dtype)) {
+    case 2:
+      return sample_words<uint16_t>(in, gates, samples);
+    case 4:
+      return sample_words<uint32_t>(in, gates, samples);
+    default:
+      return sample_words<uint64_t>(in, gates, samples);
   }
 }
 
@@ -150,12 +192,17 @@ bool stale_pack(int cell, const LayerInputs& in) {
 }
 
 void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel) {
+  layer_forward(cell, in, out, parallel, in.packed && !stale_pack(cell, in));
+}
+
+void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel,
+                   bool packed_is_valid) {
   if (in.B == 0) return;
   const LayerKernels& kernels = kernels_of(cell, in.dtype);
   Plan owner(cell, in, parallel, out.saved != nullptr);
   LayerPlan& plan = owner.plan;
   const ParallelFor threads = limited(parallel, plan.members);
-  if (in.packed && !stale_pack(cell, in)) {
+  if (packed_is_valid) {
     plan.packed = const_cast<uint64_t*>(static_cast<const uint64_t*>(in.packed)) + kFingerprint;
   } else if (plan.pack) {
     void* packed = workspace(kPackedSlot, size_t(packed_size(cell, in) * compute_size(in.dtype)));

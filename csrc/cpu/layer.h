@@ -67,17 +67,21 @@ struct CellTraits {
   int gates, states, saved, split_gates;
 };
 RNNKERN_API const std::vector<CellTraits>& cell_traits();
-int find_cell(const std::string& name);  // index into cell_traits(); throws std::runtime_error
+RNNKERN_API int find_cell(const std::string& name);  // index into cell_traits(); throws std::runtime_error
 
 // Elements of C that forward keeps for backward: for each direction and step, of the rows alive then,
 // [ceil(H/16)][row][(saved + states - 1) * 16].
-int64_t saved_size(int cell, const LayerInputs& in);
+RNNKERN_API int64_t saved_size(int cell, const LayerInputs& in);
 // Packed weights: elements of C. stale_pack compares a few sampled weights with those from which it was made.
-int64_t packed_size(int cell, const LayerInputs& in);
+RNNKERN_API int64_t packed_size(int cell, const LayerInputs& in);
 void pack_layer(int cell, const LayerInputs& in, void* packed, const ParallelFor& parallel);
 bool stale_pack(int cell, const LayerInputs& in);
 
-void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel);
-void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad, const ParallelFor& parallel);
+RNNKERN_API void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel);
+// The same for a caller that has asked stale_pack.
+void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, const ParallelFor& parallel,
+                   bool packed_is_valid);
+RNNKERN_API void layer_backward(int cell, const LayerInputs& in, const LayerGradients& grad,
+                                const ParallelFor& parallel);
 
 }  // namespace rnnkern

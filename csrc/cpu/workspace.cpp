@@ -14,7 +14,7 @@ namespace rnnkern {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr int kSlots = 2;
+constexpr int kSlots = 3;
 
 std::atomic<bool> poison_on{false};
 

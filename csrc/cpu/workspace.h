@@ -24,12 +24,12 @@ RNNKERN_API void release_pool();
 constexpr size_t kWorthPooling = size_t(1) << 20;
 
 // Asks for huge pages below a fresh allocation: first touch is then ten times cheaper.
-void prefer_huge_pages(void* data, size_t bytes);
+RNNKERN_API void prefer_huge_pages(void* data, size_t bytes);
 constexpr size_t kWorthHugePages = size_t(2) << 20;
 
 // For tests: fill what is given out uninitialised (workspaces, and the operators' outputs) with NaN.
 RNNKERN_API void set_poison(bool on);
-void poison(void* data, size_t bytes);  // does so if it is on
+RNNKERN_API void poison(void* data, size_t bytes);  // does so if it is on
 
 // Carves aligned arrays out of one block. Run it twice: with a null base to learn the size, then for real.
 class Arena {

@@ -1,4 +1,4 @@
-// rnnkern._C: build info, instruction set, cell traits. Tensors go through the operators, not through here.
+// rnnkern._C: build info, instruction set, cell traits, and short calls past the operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -6,11 +6,14 @@
 #include "cpu/layer.h"
 #include "cpu/workspace.h"
 #include "rnnkern_lists.h"
+#include "torch/short_call.h"
+#include "torch/train_step.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "rnnkern's native side: build info, instruction set, cell traits";
+  m.doc() = "rnnkern's native side: build info, instruction set, cell traits, short calls";
+  if (!rnnkern::add_short_call(m.ptr()) || !rnnkern::add_train_step(m.ptr())) throw py::error_already_set();
   m.def("supported_isas", &rnnkern::supported_isas,
         "Instruction sets that were built and that this CPU has, best last");
   m.def("get_isa", [] { return std::string(rnnkern::isa_name(rnnkern::current_isa())); }, "The instruction set in use");

@@ -1,4 +1,4 @@
-// What the operators share: torch's threads as a ParallelFor, dtypes, optional pointers.
+// What the operators share: dtypes, optional pointers, outputs.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -11,21 +11,14 @@
 #include <vector>
 
 #include "cpu/dtype.h"
-#include "cpu/team.h"
 #include "cpu/workspace.h"
+#include "torch/threads.h"
 
 namespace rnnkern {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-inline ParallelFor torch_threads() {
-  return {[](int64_t count, ParallelFor::Body body, void* context) {
-            torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
-          },
-          int(torch::stable::get_num_threads())};
-}
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {

@@ -9,7 +9,9 @@ from typing_extensions import Self
 
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.nn._written import named_state, write, write_state
 from rnnkern.ops.recurrence import PackCache, Weights, check_lengths, recurrence
+from rnnkern.ops.short import SHORT
 
 _TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its name in capitals
 _NO_PROJECTION = (None, None)
@@ -53,6 +55,81 @@ class _Recurrent(torch.nn.RNNBase):
         replica: _Recurrent = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica._packs = PackCache()
         return replica
+
+    def _short(self, input: Any, hx: Any) -> Any:
+        """The result of a short call without gradients; None if it is another, for which the ordinary route is."""
+        if torch.compiler.is_dynamo_compiling():
+            return None
+        short = self._packs.short
+        if short is None or self.training:
+            return None
+        result = short.sequence(self._parameters, input, hx)
+        if result is None or not self.batch_first or input.dim() == 2:
+            return result
+        return result[0].transpose(0, 1), result[1]
+
+    def step(
+        self, input: Tensor, hx: Any = None, *, out: Tensor | None = None, inplace: bool = False
+    ) -> tuple[Tensor, Any]:
+        r"""Runs one time step: the streaming form of the call, without a time dimension.
+
+        .. math:: (y_t, s_t) = f(x_t, s_{t-1})
+
+        where s is the state of all layers and y_t the h of the last one. Equal, to the last bit, to calling the module
+        on the sequence of this one step; and the steps of a sequence, one by one, equal the call on the whole (of an
+        LSTM in bfloat16 or float16 all but the rounding of c, which is kept in float32 within a call).
+
+        In eval mode, without gradients, on the CPU, the weights are packed once and a step costs little more than its
+        arithmetic. With `inplace=True` and `out` it allocates nothing.
+
+        Args:
+            input: x_t.  # [B, I] or [I]
+            hx: the state, as the call takes it: h, or the pair (h, c).  # [L, B, H] or [L, H] each; None: zeros
+            out: where to write y_t; a new tensor by default.  # [B, H] or [H]
+            inplace: write the new state into the tensors of `hx`, and return them.
+
+        Returns:
+            y_t  # [B, H] or [H]
+            the new state, in the form of hx
+
+        Raises:
+            ValueError: the layers are bidirectional, and need the whole sequence; the rank of input is neither 1 nor 2;
+                inplace=True without a state.
+            RuntimeError: a size, dtype or device does not fit, in the words of the call; a tensor to be written is
+                not contiguous, shares memory with another operand or requires grad, or gradients are wanted.
+
+        Example:
+            >>> import torch, rnnkern
+            >>> gru = rnnkern.nn.GRU(8, 16, num_layers=2).eval()
+            >>> h, y = torch.zeros(2, 1, 16), torch.empty(1, 16)
+            >>> with torch.inference_mode():
+            ...     for frame in torch.randn(100, 1, 8):
+            ...         y, h = gru.step(frame, h, out=y, inplace=True)
+        """
+        if not torch.compiler.is_dynamo_compiling():
+            short = self._packs.short
+            if short is not None and not self.training:
+                result: tuple[Tensor, Any] | None = short.step(self._parameters, input, hx, out, inplace)
+                if result is not None:
+                    return result
+        if self.bidirectional:
+            raise ValueError(f"{type(self).__name__}.step: the reverse direction needs the whole sequence")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+        rank = input.dim()
+        if rank != 1 and rank != 2:
+            raise ValueError(f"{type(self).__name__}.step: Expected input to be 1D or 2D, got {rank}D instead")
+        time = 1 if self.batch_first and rank == 2 else 0
+        y, state = self.forward(input.unsqueeze(time), hx)
+        y = y.squeeze(time)
+        if inplace:
+            state = write_state(self, input, hx, state)
+        if out is not None:
+            if out.shape != y.shape:
+                raise RuntimeError(f"out must have shape {list(y.shape)}, got {list(out.shape)}")
+            write(self, {"out": out}, {"input": input} | named_state(hx), [y])
+            y = out
+        return y, state
 
     def _layer_weights(self, layer: int) -> tuple[Weights, tuple[Tensor | None, ...]]:
         """The weights of a layer as they are now: parameters, or what a parametrization put in their place."""
@@ -175,6 +252,8 @@ class _Recurrent(torch.nn.RNNBase):
         if x.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
             x, h = x.to(dtype), h.to(dtype)
         y, h_n, c_n, c_all = self._layers(x, h, c, first, lengths, resets, return_states)
+        if T < SHORT and not (self.bidirectional or self.proj_size or torch.compiler.is_compiling()):
+            self._packs.prepare(self.mode.lower(), self._parameters, self._all_weights, self.batch_first)
         if not batched:
             c_n = None if c_n is None else c_n.squeeze(1)
             return y.squeeze(1), h_n.squeeze(1), c_n, None if c_all is None else c_all.squeeze(1)

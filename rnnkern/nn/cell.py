@@ -8,13 +8,17 @@ from typing_extensions import Self
 
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops.recurrence import PackCache, Weights, recurrence
+from rnnkern.nn._written import write_state
+from rnnkern.ops.recurrence import PackCache, Weights, step
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 class _Cell(torch.nn.RNNCellBase):
     """What the three cells share."""
 
     _packs: PackCache
+    _cell: str  # name in CELLS
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool, num_chunks: int, device: Any = None, dtype: Any = None
@@ -53,8 +57,48 @@ class _Cell(torch.nn.RNNCellBase):
         """Raises ValueError for an input of another rank than 1 or 2."""
         raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
 
-    def _step(self, cell: str, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _short(self, input: Any, hx: Any, inplace: bool = False) -> Any:
+        """The result of a short call without gradients; None if it is another, for which the ordinary route is."""
+        if torch.compiler.is_dynamo_compiling():
+            return None
+        packs = self._packs
+        if packs.short is None or self.training or packs.cell != self._cell:
+            return None
+        return packs.short.cell(self._parameters, input, hx, inplace)
+
+    def step(self, input: Tensor, hx: Any = None, *, inplace: bool = False) -> Any:
+        """Runs one step as the call does, and returns the new state; on request into the tensors of the old one.
+
+        In eval mode, without gradients, on the CPU, the weights are packed once and a step costs little more than its
+        arithmetic; with `inplace=True` it allocates nothing. The result is that of the call, to the last bit.
+
+        Args:
+            input: as in the call.  # [B, I] or [I]
+            hx: the state as in the call: h, or the pair (h, c).  # [B, H] or [H] each
+            inplace: write the new state into the tensors of `hx`, and return hx.
+
+        Raises:
+            ValueError: the rank of input or of a state is wrong; inplace=True without a state.
+            RuntimeError: a size, dtype or device does not fit; a tensor to be written is not contiguous, shares memory
+                with another operand or requires grad, or gradients are wanted.
+
+        Example:
+            >>> import torch, rnnkern
+            >>> cell = rnnkern.nn.LSTMCell(8, 16).eval()
+            >>> state = torch.zeros(1, 16), torch.zeros(1, 16)
+            >>> with torch.inference_mode():
+            ...     for frame in torch.randn(100, 1, 8):
+            ...         h, c = cell.step(frame, state, inplace=True)
+        """
+        result = self._short(input, hx, inplace)
+        if result is not None:
+            return result
+        result = self.forward(input, hx)
+        return write_state(self, input, hx, result) if inplace else result
+
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Any]:
         """One step of `[B, I]` from states `[B, H]` (h None: zeros): the next h, and c if the cell has one."""
+        cell = self._cell
         weights = self._weights()
         weight = weights[0]
         assert weight is not None
@@ -79,15 +123,11 @@ class _Cell(torch.nn.RNNCellBase):
         if self.training:
             self._packs.forget()
             packs = None
-        if c is None:
-            _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), None, weights, packs=packs)
-            return h_n.squeeze(0), c_n
         compute = compute_dtype(dtype)
-        if c.dtype != compute:
-            c = c.to(compute)
-        _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c.unsqueeze(0), weights, packs=packs)
-        c_n = c_n.squeeze(0)
-        return h_n.squeeze(0), c_n if compute == dtype else c_n.to(dtype)
+        h, c = step(cell, x, h, None if c is None else c.to(compute), weights, packs)
+        if packs is not None and not torch.compiler.is_compiling():
+            packs.prepare(cell, self._parameters, [_NAMES[: 4 if self.bias else 2]])
+        return h, None if c is None else c.to(dtype)
 
     def _check_hidden(self, x: Tensor, hidden: Tensor, index: int) -> None:
         """Raises RuntimeError, in torch's words where it has some, unless the state fits x."""
@@ -107,16 +147,19 @@ class _Cell(torch.nn.RNNCellBase):
         if hidden.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"hidden{index} must have the dtype of input. Expected {x.dtype}, got {hidden.dtype}")
 
-    def _one_state(self, cell: str, input: Tensor, hx: Tensor | None) -> Tensor:
+    def _one_state(self, input: Tensor, hx: Tensor | None) -> Tensor:
         """The forward of a cell whose only state is h."""
+        result: Tensor | None = self._short(input, hx)
+        if result is not None:
+            return result
         rank = input.dim()
         if rank != 1 and rank != 2:
             self._refuse_rank(input)
         if hx is not None and hx.dim() not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
         if rank == 2:
-            return self._step(cell, input, hx, None)[0]
-        return self._step(cell, input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), None)[0].squeeze(0)
+            return self._step(input, hx, None)[0]
+        return self._step(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), None)[0].squeeze(0)
 
 
 class RNNCell(_Cell):
@@ -152,13 +195,16 @@ class RNNCell(_Cell):
         super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
         self.nonlinearity = nonlinearity
 
+    @property
+    def _cell(self) -> str:  # type: ignore[override]
+        """As the nonlinearity says now: torch reads it at every call."""
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"rnn_{self.nonlinearity}"
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Runs one step; see the class."""
-        if self.nonlinearity == "tanh":
-            return self._one_state("rnn_tanh", input, hx)
-        if self.nonlinearity == "relu":
-            return self._one_state("rnn_relu", input, hx)
-        raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._one_state(input, hx)
 
 
 class LSTMCell(_Cell):
@@ -180,6 +226,8 @@ class LSTMCell(_Cell):
         (torch.Size([3, 20]), torch.Size([3, 20]))
     """
 
+    _cell = "lstm"
+
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
@@ -187,6 +235,9 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Runs one step; see the class."""
+        result: tuple[Tensor, Tensor] | None = self._short(input, hx)
+        if result is not None:
+            return result
         rank = input.dim()
         if rank != 1 and rank != 2:
             self._refuse_rank(input)
@@ -202,10 +253,10 @@ class LSTMCell(_Cell):
                 raise RuntimeError("lstm_cell expects two hidden states")
             h, c = hx
         if rank == 2:
-            return self._step("lstm", input, h, c)
+            return self._step(input, h, c)
         if h is not None and c is not None:
             h, c = h.unsqueeze(0), c.unsqueeze(0)
-        h, c = self._step("lstm", input.unsqueeze(0), h, c)
+        h, c = self._step(input.unsqueeze(0), h, c)
         return h.squeeze(0), c.squeeze(0)
 
 
@@ -227,6 +278,8 @@ class GRUCell(_Cell):
         torch.Size([3, 20])
     """
 
+    _cell = "gru"
+
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
@@ -234,4 +287,4 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Runs one step; see the class."""
-        return self._one_state("gru", input, hx)
+        return self._one_state(input, hx)

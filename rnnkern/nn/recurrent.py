@@ -68,6 +68,10 @@ class RNN(_Recurrent):  # noqa: D101, it has one
         resets: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         """Runs the layers; see the class."""
+        if lengths is None and resets is None:
+            result: tuple[Tensor, Tensor] | None = self._short(input, hx)
+            if result is not None:
+                return result
         output, h_n, _, _ = self._run(input, hx, lengths, resets)
         return output, h_n
 
@@ -111,6 +115,10 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
         return_cell_states: bool = False,
     ) -> Any:
         """Runs the layers; see the class."""
+        if lengths is None and resets is None and not return_cell_states:
+            result = self._short(input, hx)
+            if result is not None:
+                return result
         output, h_n, c_n, cells = self._run(input, hx, lengths, resets, return_cell_states)
         if return_cell_states:
             return output, (h_n, c_n), cells
@@ -147,5 +155,9 @@ class GRU(_Recurrent):  # noqa: D101, it has one
         resets: Tensor | None = None,
     ) -> tuple[Any, Tensor]:
         """Runs the layers; see the class."""
+        if lengths is None and resets is None:
+            result: tuple[Tensor, Tensor] | None = self._short(input, hx)
+            if result is not None:
+                return result
         output, h_n, _, _ = self._run(input, hx, lengths, resets)
         return output, h_n

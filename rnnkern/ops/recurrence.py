@@ -19,8 +19,8 @@ from rnnkern import _library
 from rnnkern.cells import CELLS, reference
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops._dispatch import select
+from rnnkern.ops.short import SHORT, ShortCall, watched
 
-SHORT = 16  # below this many steps weights are worth packing once for many calls; longer calls pack anew
 Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, and the same four of the reverse direction or None
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, h_n, c_n, c_all
 
@@ -193,6 +193,53 @@ class _Layer(torch.autograd.Function):
 _apply_layer: Any = _Layer.apply
 
 
+class _CellStep(torch.autograd.Function):
+    """One step of a cell as one node of the graph, past the dispatcher where it is plain: x [B, I], h and c [B, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, cell: str, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> Any:
+        assert _library.extension is not None
+        kept = _library.extension.train_step(cell, x, h, c, *weights)
+        if kept is None:
+            check_weights(x, weights, cell, h, h)
+            with torch._C._AutoDispatchBelowAutograd():
+                _, h_n, c_n, _, saved = _layer(
+                    cell, *_with_time(x, h, c), *weights, None, None, None, None, None, None, False
+                )
+            kept = h_n[0], None if c is None else c_n[0], saved
+        ctx.cell = cell
+        ctx.save_for_backward(x, h, c, *weights, kept[0], kept[2])
+        ctx.set_materialize_grads(False)
+        return kept[0] if c is None else kept[:2]
+
+    @staticmethod
+    def backward(ctx: Any, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad  # cell, x, h, c, 4 weights
+        wanted = needed[1], any(needed[2:4]), any(needed[4:])
+        saved = ctx.saved_tensors
+        grads = None
+        if not torch.is_grad_enabled():
+            assert _library.extension is not None
+            dh, dc = (None if d is None else d.contiguous() for d in (dh_n, dc_n))
+            grads = _library.extension.train_step_backward(ctx.cell, dh, dc, *saved, *wanted)
+        if grads is None:
+            x, h, c, *weights, h_n, kept = saved
+            dh, dc = (None if d is None else d.unsqueeze(0) for d in (dh_n, dc_n))
+            inputs = *_with_time(x, h, c), *weights, None, None, None, None, None, None
+            grads = torch.ops.rnnkern.layer_backward.default(
+                ctx.cell, None, dh, dc, None, *inputs, h_n.unsqueeze(0), kept, *wanted
+            )
+            grads = *(d[0] if need else None for d, need in zip(grads[:3], needed[1:4])), *grads[3:7]
+        return (None, *(grad if need else None for grad, need in zip(grads, needed[1:])))
+
+
+_apply_cell_step: Any = _CellStep.apply
+
+
+def _with_time(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.unsqueeze(0) for t in tensors)
+
+
 class PackCache:
     """Weights of a module's layers in the kernels' layout, for short calls without gradients in eval mode.
 
@@ -202,20 +249,32 @@ class PackCache:
     pack. What remains unseen is a write without a trace, to so few elements that the sample misses them, between two
     calls without gradients of a module that stays in eval mode: `module.eval()` after such a write makes it seen.
     Weights are packed when seen unchanged for the second time: evaluating between updates packs nothing in vain.
+
+    Attributes:
+        short: runs the whole module past the dispatcher (`rnnkern.ops.short`), once all its layers have packs; or None.
+        cell: the cell for which `short` was made.
     """
 
+    short: Any
+    cell: str
+    _entries: dict[int, tuple[list[Any], Tensor | None]]
+
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[list[Any], Tensor | None]] = {}
+        self.forget()
 
     def forget(self) -> None:
         """Drops every pack, without reading: `torch.compile` would guard on what it reads."""
         self._entries = {}
+        self._drop_short()
+
+    def _drop_short(self) -> None:
+        self.short = None
+        self._prepared = False
 
     def find(self, layer: int, weights: Weights) -> tuple[list[Any] | None, Tensor | None]:
         """The key of these weights (None if they cannot have one), and their pack if there is one."""
         try:
-            used = weights if weights[4] is not None else weights[:4]
-            key = [None if w is None else (w.data_ptr(), w._version, w.dtype) for w in used]
+            key = _key(weights if weights[4] is not None else weights[:4])
         except RuntimeError:  # inference tensors have no version, fake tensors no address
             return None, None
         entry = self._entries.get(layer)
@@ -226,7 +285,34 @@ class PackCache:
         entry = self._entries.get(layer)
         packed = _pack(cell, *weights) if entry is not None and entry[0] == key else None
         self._entries[layer] = (key, packed)
+        self._drop_short()
         return packed
+
+    def prepare(
+        self, cell: str, parameters: dict[str, Any], names: Sequence[Sequence[str]], batch_first: bool = False
+    ) -> None:
+        """Makes `short`, if it can be made: every layer's weights are parameters of these names, and packed."""
+        if self._prepared or ShortCall is None:
+            return
+        entries = [self._entries.get(layer, ([], None)) for layer in range(len(names))]
+        packs = tuple(packed for _, packed in entries)
+        if any([packed is None for packed in packs]):
+            return
+        self._prepared = True
+        try:
+            short = ShortCall(cell, batch_first, parameters, tuple(map(tuple, names)), packs)
+        except ValueError:  # a parametrization, or a dtype that needs conversions
+            return
+        now = [_key([parameters[name] for name in layer]) for layer in names]
+        # Looked up after `short` took note of the weights: another thread may have changed them after they were packed.
+        if all(key == entry[0][: len(key)] for key, entry in zip(now, entries)):
+            self.cell = cell
+            self.short = short
+
+
+def _key(weights: Sequence[Tensor | None]) -> list[Any]:
+    """What changes whenever weights change, but for writes without a trace."""
+    return [None if w is None else (w.data_ptr(), w._version, w.dtype) for w in weights]
 
 
 def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
@@ -255,9 +341,9 @@ def check_weights(x: Tensor, weights: Weights, cell: str, gates: Tensor, recurre
 
     The last sizes of `gates` and `recurrent` are H and that of the recurrent input; only with a projection they differ.
     """
-    rows = len(CELLS[cell].gates) * gates.shape[2]
+    rows = len(CELLS[cell].gates) * gates.shape[-1]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    shapes = ((rows, x.shape[-1]), (rows, recurrent.shape[2]), (rows,), (rows,))
+    shapes = ((rows, x.shape[-1]), (rows, recurrent.shape[-1]), (rows,), (rows,))
     for i, w in enumerate(weights):
         if w is None:
             continue
@@ -338,3 +424,45 @@ def recurrence(
             packed = packs.add(layer, key, cell, weights)
     result: Outputs = _layer_inference(cell, x, h0, c0, *weights, lengths, resets, return_states, packed)
     return result
+
+
+def step(
+    cell: str,
+    x: Tensor,  # [B, I]
+    h: Tensor,  # [B, H]
+    c: Tensor | None,  # [B, H] in the compute dtype, for cells of two states
+    weights: Weights,  # of one direction
+    packs: PackCache | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step: `recurrence` without a time dimension. Returns the next h, and c if the cell has one.
+
+    A step in training is a single node of the graph; whatever else is wanted takes `recurrence`.
+    """
+    used = weights[:4]
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any([t is not None and t.requires_grad for t in (x, h, c, *used)])
+        and plain_training(cell, x)
+    ):
+        if packs is not None:
+            packs.forget()
+        result = _apply_cell_step(cell, x, h, c, *used)
+        return (result, None) if c is None else result
+    c0 = None if c is None else c.unsqueeze(0)
+    _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c0, weights, packs=packs)
+    return h_n.squeeze(0), None if c is None else c_n.squeeze(0)
+
+
+def plain_training(cell: str, x: Tensor) -> bool:
+    """Whether the compiled kernels run a step with gradients, and nobody asks which: see `_dispatch.select`."""
+    return (
+        _library.available
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and x.shape[0] > 0
+        and cell in CELLS
+        and not watched()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )

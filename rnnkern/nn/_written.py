@@ -1,0 +1,70 @@
+"""Tensors that a step writes in place, where the kernels do not do it themselves: checked, then copied into."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def named_state(hx: Any) -> dict[str, Tensor]:
+    """The tensors of a state, by the names that messages give them."""
+    if hx is None:
+        return {}
+    return {"hx": hx} if isinstance(hx, Tensor) else {f"hx[{i}]": state for i, state in enumerate(hx)}
+
+
+def write_state(module: torch.nn.Module, input: Tensor, hx: Any, state: Any) -> Any:
+    """Writes the new state into hx, which a step took, and returns hx; raises what `write` raises."""
+    if hx is None:
+        raise ValueError("inplace=True needs a state to write: hx must not be None")
+    write(module, named_state(hx), {"input": input}, [state] if isinstance(state, Tensor) else state)
+    return hx
+
+
+def write(
+    module: torch.nn.Module,
+    written: dict[str, Tensor],
+    read: dict[str, Tensor],
+    values: Sequence[Tensor],  # of the shapes of `written`
+) -> None:
+    """Copies the values into the tensors.
+
+    Raises:
+        RuntimeError: one of them is not plain memory of its own, apart from what the step reads; gradients are wanted.
+    """
+    if any([value.requires_grad for value in values]):
+        raise RuntimeError(
+            f"{' and '.join(written)} cannot be written in place while gradients are wanted. "
+            "Call step under torch.no_grad() or torch.inference_mode()"
+        )
+    for (name, tensor), value in zip(written.items(), values, strict=True):
+        if tensor.requires_grad:
+            raise RuntimeError(f"{name} requires grad and cannot be written in place")
+        if tensor.dtype != value.dtype:
+            raise RuntimeError(f"{name} must have the dtype of the result. Expected {value.dtype}, got {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise RuntimeError(f"{name} must be contiguous to be written in place, got strides {tensor.stride()}")
+        for other, its in (written | read).items():
+            if other != name and _overlap(tensor, its):
+                raise RuntimeError(f"{name} cannot be written in place: it shares memory with {other}")
+    for tensor, value in zip(written.values(), values):
+        if torch.compiler.is_compiling() or not tensor.is_inference():
+            tensor.copy_(value)
+        else:  # torch wants to be in that mode again, but nothing can have saved such a tensor
+            with torch.inference_mode():
+                tensor.copy_(value)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling() or type(a) is not Tensor or type(b) is not Tensor or not a.is_cpu or not b.is_cpu:
+        return False  # no addresses to look at
+    (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
+    return a_begin < b_end and b_begin < a_end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and of the one past the last."""
+    begin = tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return begin, begin + (last + 1) * tensor.element_size() if tensor.numel() else begin
