@@ -96,7 +96,12 @@ Vec<float> widen(HalfLanes bits);
 template <>
 RNNKERN_FN Vec<float> widen<Bfloat16>(HalfLanes bits) {
   using V = Vec<float>;
-  return V(reinterpret_cast<V::Value>(__builtin_convertvector(bits, V::IntValue) << 16));
+#if RNNKERN_ISA_avx512  // GCC 12 converts in halves
+  const V::IntValue wide = reinterpret_cast<V::IntValue>(_mm512_maskz_cvtepu16_epi32(kAllLanes, (__m256i)bits));
+#else
+  const V::IntValue wide = __builtin_convertvector(bits, V::IntValue);
+#endif
+  return V(reinterpret_cast<V::Value>(wide << 16));
 }
 template <>
 RNNKERN_FN Vec<float> widen<Float16>(HalfLanes bits) {
@@ -119,7 +124,12 @@ RNNKERN_FN HalfLanes narrow<Bfloat16>(Vec<float> x) {
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   const Bits bits = reinterpret_cast<Bits>(x.v);
   const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return __builtin_convertvector(x.v != x.v ? bits >> 16 | 0x40 : rounded, HalfLanes);
+  const Bits high = x.v != x.v ? bits >> 16 | 0x40 : rounded;
+#if RNNKERN_ISA_avx512
+  return reinterpret_cast<HalfLanes>(_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)high));
+#else
+  return __builtin_convertvector(high, HalfLanes);
+#endif
 }
 template <>
 RNNKERN_FN HalfLanes narrow<Float16>(Vec<float> x) {
