@@ -300,8 +300,8 @@ void backward(const AttentionInputs& in, const AttentionGradients& grad, const P
           row_gradients<S, kAdditive, T>(in, grad, b, n, block, x, {x.dkey, in.D, nullptr, false},
                                          {x.dvalue, in.Dv, nullptr, false}, dvector);
           for (int64_t j = 0; j < n; ++j) {
-            store_row(x.dkey + j * in.D, to_key.row(j), in.D);
-            store_row(x.dvalue + j * in.Dv, to_value.row(j), in.Dv);
+            convert_row(x.dkey + j * in.D, to_key.row(j), in.D);
+            convert_row(x.dvalue + j * in.Dv, to_value.row(j), in.Dv);
           }
           continue;
         }
