@@ -82,7 +82,7 @@ asan: tools
 
 # Threads are started in the engines and in the team only.
 tsan: tools
-	@mkdir -p build; $(call ctest_in,build/tsan,thread,-R 'layer|team|attention' $(ARGS))
+	@mkdir -p build; $(call ctest_in,build/tsan,thread,-R 'layer|team|workspace|attention' $(ARGS))
 
 tools:
 	$(alone) $(VENV)/.stamp-env

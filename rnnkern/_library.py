@@ -33,3 +33,19 @@ def warn_if_missing() -> None:
         return
     _warned = True
     warnings.warn(f"rnnkern runs its slow eager reference: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def empty_cache() -> None:
+    """Returns to the system the memory that the CPU kernels keep for coming outputs, as torch.cuda.empty_cache does.
+
+    Large outputs and what backward needs come from a pool, since fresh memory costs more than most kernels. What no
+    tensor uses stays there, at most until it and what is in use reach the most that ever was in use.
+
+    Example:
+        >>> import torch, rnnkern
+        >>> y, _ = rnnkern.nn.GRU(64, 256)(torch.ones(100, 32, 64))
+        >>> del y
+        >>> rnnkern.empty_cache()
+    """
+    if extension is not None:
+        extension.release_pool()

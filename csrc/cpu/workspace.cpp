@@ -70,6 +70,8 @@ class Pool {
     unused_ += block->bytes;
   }
 
+  size_t unused() const { return unused_; }
+
   void release() {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (lock.owns_lock()) shrink(0);
@@ -98,8 +100,8 @@ class Pool {
   }
 
   std::mutex mutex_;
-  std::vector<Header*> free_;  // oldest first
-  size_t unused_ = 0;          // bytes in free_
+  std::vector<Header*> free_;      // oldest first
+  std::atomic<size_t> unused_{0};  // bytes in free_
   std::atomic<size_t> used_{0}, most_used_{0};
 };
 
@@ -113,6 +115,7 @@ Pool& pool() {
 void* take_pooled(size_t bytes) { return pool().take(bytes); }
 void give_back_pooled(void* data) { pool().give_back(data); }
 void release_pool() { pool().release(); }
+size_t unused_pool_bytes() { return pool().unused(); }
 
 void prefer_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE

@@ -21,6 +21,7 @@ void* workspace(int slot, size_t bytes);
 void* take_pooled(size_t bytes);
 void give_back_pooled(void* data);
 RNNKERN_API void release_pool();
+RNNKERN_API size_t unused_pool_bytes();
 constexpr size_t kWorthPooling = size_t(1) << 20;
 
 // Asks for huge pages below a fresh allocation: first touch is then ten times cheaper.

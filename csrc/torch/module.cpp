@@ -20,6 +20,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &rnnkern::set_isa, py::arg("name"), "Use this instruction set from now on");
   m.def("set_poison", &rnnkern::set_poison, py::arg("on"),
         "For tests: fill outputs and workspaces with NaN before they are written");
+  m.def("release_pool", &rnnkern::release_pool, "Free the pool's memory that no tensor uses");
+  m.def("unused_pool_bytes", &rnnkern::unused_pool_bytes, "Bytes of the pool that no tensor uses");
   m.def(
       "build_info",
       [] {
