@@ -5,7 +5,6 @@ and worker threads asleep; or it is busy with something else (`awake`), so that 
 """
 
 import argparse
-import inspect
 import itertools
 import statistics
 import sys
@@ -55,11 +54,13 @@ def carrying(step: Callable[[Tensor, State], State], x: Tensor, state: State) ->
     return call
 
 
-def in_place(step: Callable[..., object], x: Tensor, state: State) -> Call:
-    """The same where each new state replaces the last one in its memory."""
+def in_place(module: nn.Module, x: Tensor, state: State, out: Tensor | None) -> Call:
+    """`step` where each new state replaces the last one in its memory, and `out`, if there is one, takes the output."""
+    step: Any = module.step
+    options = {} if out is None else {"out": out}
 
     def call() -> State:
-        step(x, state, out=state)
+        step(x, state, inplace=True, **options)
         return state
 
     return call
@@ -95,18 +96,18 @@ def streams(case: Case) -> dict[str, Call]:
     x = case.input()
     shape = (1, case.H) if case.single_step else (1, 1, case.H)
 
-    def called(module: nn.Module) -> Callable[[Tensor, State], State]:
+    def called(function: Callable[..., Any]) -> Callable[[Tensor, State], State]:
         if case.single_step:
-            return module
-        return lambda x, state: module(x, state)[1]
+            return function
+        return lambda x, state: function(x, state)[1]
 
-    found = {OURS: carrying(called(of[OURS]), x, first_state(case, shape))}
-    step = getattr(of[OURS], "step", None)
-    if step is not None:
-        frame = x.reshape(1, case.I)
-        found[STEP] = carrying(step, frame, first_state(case, shape))
-        if "out" in inspect.signature(step).parameters:
-            found[IN_PLACE] = in_place(step, frame, first_state(case, shape))
+    ours: Any = of[OURS]
+    frame, out = x.reshape(1, case.I), None if case.single_step else torch.empty(1, case.H)
+    found = {
+        OURS: carrying(called(ours), x, first_state(case, shape)),
+        STEP: carrying(called(ours.step), frame, first_state(case, shape)),
+        IN_PLACE: in_place(ours, frame, first_state(case, shape), out),
+    }
     found[TORCH] = carrying(called(of[TORCH]), x, first_state(case, shape))
     if not case.single_step:
         try:

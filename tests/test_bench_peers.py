@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import rnnkern
 from benchmarks import rows, runtimes, streaming, sweep
 from benchmarks.attention import COMPILED, EAGER, SDPA, AttentionCase
 from benchmarks.onnx_model import onnx_model
@@ -97,7 +96,7 @@ def test_missing_runtimes_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: 
         assert list(rows.row_runners(Case("lstm", 3, 1, 4, 4))) == [OURS, TORCH, "torch int8"]
     said = capsys.readouterr().err
     assert said.count("ONNX Runtime is left out: ") == said.count("OpenVINO is left out: ") == 1
-    assert list(streaming.streams(Case("lstm", 1, 1, 4, 4))) == [OURS, TORCH]
+    assert list(streaming.streams(Case("lstm", 1, 1, 4, 4))) == [OURS, streaming.STEP, streaming.IN_PLACE, TORCH]
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -187,22 +186,11 @@ def test_sweep_refuses_a_name(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 def test_streams_carry_the_same_state(cell: str, single_step: bool) -> None:
     found = streaming.streams(Case(cell, 1, 1, 6, 6, single_step=single_step))
-    assert {OURS, TORCH} <= set(found)
+    assert {OURS, streaming.STEP, streaming.IN_PLACE, TORCH} <= set(found)
     streaming.check_agreement(found)
-    found[OURS]()
+    found[TORCH]()
     with pytest.raises(PeerDisagrees, match=r"torch\.nn differs"):
         streaming.check_agreement(found)
-
-
-def test_step_is_a_stream_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    def step(self: rnnkern.nn.GRU, x: Tensor, state: Tensor, *, out: Tensor | None = None) -> Tensor:
-        new = self(x.unsqueeze(0), state)[1]
-        return new if out is None else out.copy_(new)
-
-    monkeypatch.setattr(rnnkern.nn.GRU, "step", step, raising=False)
-    found = streaming.streams(Case("gru", 1, 1, 6, 6))
-    assert {streaming.STEP, streaming.IN_PLACE} <= set(found)
-    streaming.check_agreement(found)
 
 
 def test_percentile() -> None:
