@@ -36,15 +36,14 @@ def warn_if_missing() -> None:
 
 
 def empty_cache() -> None:
-    """Returns to the system the memory that the CPU kernels keep for coming outputs, as torch.cuda.empty_cache does.
+    """Returns to the system the memory that the CPU kernels keep for coming calls, as torch.cuda.empty_cache does.
 
-    Large outputs and what backward needs come from a pool, since fresh memory costs more than most kernels. What no
+    Large gradients and what backward needs come from a pool, since fresh memory costs more than most kernels. What no
     tensor uses stays there, at most until it and what is in use reach the most that ever was in use.
 
     Example:
         >>> import torch, rnnkern
-        >>> y, _ = rnnkern.nn.GRU(64, 256)(torch.ones(100, 32, 64))
-        >>> del y
+        >>> rnnkern.nn.GRU(64, 256)(torch.ones(100, 32, 64))[0].sum().backward()
         >>> rnnkern.empty_cache()
     """
     if extension is not None:

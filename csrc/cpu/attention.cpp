@@ -83,7 +83,7 @@ template <class S>
 Scratch<S> make_scratch(const AttentionInputs& in, int64_t queries, bool in_place, bool backward) {
   Arena measure(nullptr);
   Scratch<S>(in, queries, in_place, backward, measure);
-  Arena arena(workspace(0, measure.used()));
+  Arena arena(workspace(kWorkspaceSlot, measure.used()));
   Scratch<S> scratch(in, queries, in_place, backward, arena);
   if (scratch.vector && in.vector) {
     for (int64_t a = 0; a < round_up(in.D, kBlock); ++a) {
@@ -275,7 +275,7 @@ void backward(const AttentionInputs& in, const AttentionGradients& grad, const P
   const int64_t block = query_block(in);
   const int64_t padded = round_up(in.D, kBlock);
   // Every batch row's part of dL/dvector, summed in the order of rows at the end.
-  T* dvectors = kAdditive ? static_cast<T*>(workspace(1, size_t((in.B + 1) * padded) * sizeof(T))) : nullptr;
+  T* dvectors = kAdditive ? static_cast<T*>(workspace(kPackedSlot, size_t((in.B + 1) * padded) * sizeof(T))) : nullptr;
   if (kAdditive) zero_rows(dvectors, (in.B + 1) * padded);
   run_parallel(parallel, in.B, [&](int64_t begin, int64_t end) {
     Scratch<S> x = make_scratch<S>(in, block, reads_in_place<kAdditive>(block), true);

@@ -24,7 +24,6 @@ namespace {
 
 // Calls of at most so many steps pack weights block by block as they use them: to write and read packs takes as long.
 constexpr int64_t kStepsUnpacked = 4;
-constexpr int kWorkspaceSlot = 0, kPackedSlot = 1;
 constexpr int kSamples = 32;                // sampled elements per weight, see stale_pack
 constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed weights
 // Multiply-adds of the forward pass below which one thread runs alone. An idle thread takes milliseconds to wake, which

@@ -70,7 +70,7 @@ RNNKERN_API const std::vector<CellTraits>& cell_traits();
 RNNKERN_API int find_cell(const std::string& name);  // index into cell_traits(); throws std::runtime_error
 
 // Elements of C that forward keeps for backward: for each direction and step, of the rows alive then,
-// [ceil(H/16)][row][(saved + states - 1) * 16].
+// [ceil(H/16)][row][(saved + states - 1) * 16]. There is room for T * B rows unless they are packed.
 RNNKERN_API int64_t saved_size(int cell, const LayerInputs& in);
 // Packed weights: elements of C. stale_pack compares a few sampled weights with those from which it was made.
 RNNKERN_API int64_t packed_size(int cell, const LayerInputs& in);

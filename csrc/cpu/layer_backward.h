@@ -112,7 +112,7 @@ class Backward {
       }
     }
   }
-  // The same where the workspace holds them all (`packed`), or packed now for one step.
+  // The same where they are packed beforehand (`packed`), or packed now.
   const T* panels_of(const T* packed, int d, bool hidden, int64_t block, int64_t count) const {
     if (plan_.pack) return packed + block * panel_stride_;
     pack_panels(d, hidden, block, count, panels_);

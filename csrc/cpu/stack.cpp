@@ -8,8 +8,6 @@
 namespace rnnkern {
 namespace {
 
-constexpr int kStackSlot = 2;
-
 LayerInputs layer_inputs(const Stack& stack, const StackCall& call, const StackLayer& layer) {
   LayerInputs in{};
   in.dtype = stack.dtype;

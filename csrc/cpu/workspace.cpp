@@ -14,7 +14,6 @@ namespace rnnkern {
 namespace {
 
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr int kSlots = 3;
 
 std::atomic<bool> poison_on{false};
 
@@ -133,7 +132,7 @@ void poison(void* data, size_t bytes) {
   if (bytes && poison_on.load(std::memory_order_relaxed)) std::memset(data, 0xff, bytes);
 }
 
-void* workspace(int slot, size_t bytes) {
+void* workspace(Slot slot, size_t bytes) {
   thread_local Block blocks[kSlots];
   Block& block = blocks[slot];
   if (block.bytes < bytes) {

@@ -13,7 +13,8 @@ namespace rnnkern {
 constexpr size_t kAlignment = 128;
 
 // At least `bytes` of uninitialised memory, valid until this thread's next call with the same slot.
-void* workspace(int slot, size_t bytes);
+enum Slot { kWorkspaceSlot, kPackedSlot, kStackSlot, kSlots };
+void* workspace(Slot slot, size_t bytes);
 
 // Memory for large tensors, uninitialised, from blocks that were given back before: what backward needs is as large in
 // every training step, and its first touch takes as long as much of the step. What lies unused is kept only as long as

@@ -96,8 +96,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_op(OptionalTensor 
                   "rnnkern::attention_backward: dcontext does not fit query and value");
   STD_TORCH_CHECK(!dw.has_value() || (has_shape(*dw, in.B, in.Tq, in.Tk) && dtype_of(*dw) == in.dtype),
                   "rnnkern::attention_backward: dweights does not fit query and key");
-  Tensor dquery = make_empty({in.B, in.Tq, in.D}, in.dtype), dkey = make_empty({in.B, in.Tk, in.D}, in.dtype);
-  Tensor dvalue = make_empty({in.B, in.Tk, in.Dv}, in.dtype);
+  Tensor dquery = make_pooled({in.B, in.Tq, in.D}, in.dtype), dkey = make_pooled({in.B, in.Tk, in.D}, in.dtype);
+  Tensor dvalue = make_pooled({in.B, in.Tk, in.Dv}, in.dtype);
   Tensor dvector = make_empty({vector.has_value() ? in.D : 0}, in.dtype);
   attention_backward(in,
                      {rows_of(dc), rows_of(dw), dquery.mutable_data_ptr(), dkey.mutable_data_ptr(),

@@ -98,7 +98,7 @@ LayerResults run_forward(LayerArguments& args, bool return_states, bool save) {
   const bool all = return_states && args.two_states();
   LayerResults out{make_empty(sequence, dtype), make_empty(states, dtype),
                    make_empty(args.two_states() ? states : none, compute), make_empty(all ? sequence : none, compute),
-                   make_empty(save ? std::vector<int64_t>{saved_size(args.cell, in)} : none, compute)};
+                   make_pooled(save ? std::vector<int64_t>{saved_size(args.cell, in)} : none, compute)};
   layer_forward(
       args.cell, in,
       {out.y.mutable_data_ptr(), out.h_n.mutable_data_ptr(), args.two_states() ? out.c_n.mutable_data_ptr() : nullptr,
@@ -171,14 +171,14 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
   STD_TORCH_CHECK(fits(dy, sequence, dtype) && fits(dh_n, state, dtype) && fits(dc_n, state, compute) &&
                       fits(dc_all, sequence, compute),
                   "rnnkern::layer_backward: a gradient does not have the shape and dtype of its output");
-  Tensor dx = make_empty(need_dx ? args.sequence(in.I) : none, dtype);
+  Tensor dx = make_pooled(need_dx ? args.sequence(in.I) : none, dtype);
   Tensor dh0 = make_empty(need_dh0 ? states : none, dtype);
   Tensor dc0 = make_empty(need_dh0 && args.two_states() ? states : none, compute);
   Tensor dw[8];
   for (int i = 0; i < 8; ++i) {
     const bool wanted = need_dw && args.weights[i].has_value();
     const std::vector<int64_t> matrix = {rows, i % 4 == 0 ? in.I : in.H}, vector = {rows};
-    dw[i] = make_empty(!wanted ? none : i % 4 < 2 ? matrix : vector, dtype);
+    dw[i] = make_pooled(!wanted ? none : i % 4 < 2 ? matrix : vector, dtype);
     if (wanted && in.B == 0) torch::stable::zero_(dw[i]);
   }
   LayerGradients grad{};

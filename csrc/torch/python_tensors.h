@@ -47,7 +47,7 @@ inline Reference share(PyObject* object) {
   return Reference(object);
 }
 
-// Sizes of a state or an output, without a visit to the allocator.
+// Sizes of a tensor of up to three dimensions, without a visit to the allocator.
 struct Sizes {
   int64_t of[3];
   int count = 0;
@@ -152,6 +152,18 @@ inline Reference new_tensor(PyObject* like, const Sizes& sizes, Dtype dtype, Vie
   if (bytes >= kWorthHugePages) prefer_huge_pages(view.data, bytes);
   poison(view.data, bytes);
   return tensor;
+}
+
+// For functions of the METH_FASTCALL form.
+inline bool wrong_count(const char* name, Py_ssize_t expected, Py_ssize_t got) {
+  if (expected == got) return false;
+  PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", name, expected, got);
+  return true;
+}
+
+template <class Function>
+PyCFunction c_function(Function function) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 // Runs kernels, and lets other Python threads run meanwhile if they take long; false with an exception set if they

@@ -1,6 +1,6 @@
 // A boxed call of an operator with sixteen arguments takes longer than a short step itself. A ShortCall knows the
-// weights and their packs beforehand, reads tensors through DLPack's C exchange API (48 ns a tensor; no torch header is
-// needed, and one build serves several torch versions) and runs the kernels on plain addresses.
+// weights and their packs beforehand, reads tensors through DLPack's C exchange API (48 ns a tensor; of torch's headers
+// that needs dlpack.h alone, so one build serves several torch versions) and runs the kernels on plain addresses.
 //
 // It answers None to whatever is not the plain case, before anything is written: the caller then takes the ordinary
 // route, which runs it or says what is wrong. Nothing is checked here to give a message.
@@ -35,22 +35,26 @@ enum class Form {
 class ShortCall {
  public:
   // None in the place of a result: see the file's comment.
-  PyObject* run(Form form, PyObject* parameters, PyObject* input, PyObject* hx, PyObject* out, bool in_place) const;
+  PyObject* run(Form form, PyObject* parameters, PyObject* input, PyObject* hx, PyObject* out, bool in_place,
+                bool batch_first) const;
 
   Stack stack;
-  bool two_states = false, batch_first = false;
+  bool two_states = false;
   std::vector<Weight> weights;
   std::vector<Reference> packs;
 
  private:
-  bool unchanged(PyObject* parameters) const;
+  // Whether the weights are those of the packs; takes hold of them, since other Python threads may run meanwhile.
+  bool unchanged(PyObject* parameters, std::vector<Reference>& held) const;
 };
 
-bool ShortCall::unchanged(PyObject* parameters) const {
+bool ShortCall::unchanged(PyObject* parameters, std::vector<Reference>& held) const {
   if (!PyDict_CheckExact(parameters)) return false;
+  held.reserve(weights.size());
   for (const Weight& weight : weights) {
     PyObject* const tensor = PyDict_GetItemWithError(parameters, weight.name.get());
     if (!tensor) PyErr_Clear();
+    held.push_back(share(tensor));
     View view;
     if (!tensor || !view_of(tensor, stack.dtype, view) || view.data != weight.data || !view.has_sizes(weight.sizes) ||
         version_of(tensor) != weight.version) {
@@ -85,12 +89,13 @@ class Operands {
   int count_ = 0;
 };
 
-PyObject* ShortCall::run(Form form, PyObject* parameters, PyObject* input, PyObject* hx, PyObject* out,
-                         bool in_place) const {
+PyObject* ShortCall::run(Form form, PyObject* parameters, PyObject* input, PyObject* hx, PyObject* out, bool in_place,
+                         bool batch_first) const {
   const int64_t L = int64_t(stack.layers.size()), H = stack.H;
   const int element = dtype_size(stack.dtype), features = form == Form::sequence ? 2 : 1;
   View x;
-  if (!unwatched() || !unchanged(parameters) || !input_view_of(input, stack.dtype, x)) Py_RETURN_NONE;
+  std::vector<Reference> held;
+  if (!unwatched() || !unchanged(parameters, held) || !input_view_of(input, stack.dtype, x)) Py_RETURN_NONE;
   if (x.ndim != features && x.ndim != features + 1) Py_RETURN_NONE;
   if (x.size(-1) != stack.layers[0].I || (x.size(-1) > 1 && x.stride(-1) != 1)) Py_RETURN_NONE;
   const bool batched = x.ndim > features;
@@ -194,33 +199,26 @@ struct ShortCallObject {
 
 const ShortCall& call_of(PyObject* self) { return *reinterpret_cast<ShortCallObject*>(self)->call; }
 
-bool wrong_count(const char* name, Py_ssize_t expected, Py_ssize_t got) {
-  if (expected == got) return false;
-  PyErr_Format(PyExc_TypeError, "ShortCall.%s: expected %zd arguments, got %zd", name, expected, got);
-  return true;
-}
-
 PyObject* sequence(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  if (wrong_count("sequence", 3, count)) return nullptr;
-  return call_of(self).run(Form::sequence, args[0], args[1], args[2], Py_None, false);
+  if (wrong_count("ShortCall.sequence", 4, count)) return nullptr;
+  return call_of(self).run(Form::sequence, args[0], args[1], args[2], Py_None, false, args[3] == Py_True);
 }
 PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  if (wrong_count("step", 5, count)) return nullptr;
-  return call_of(self).run(Form::step, args[0], args[1], args[2], args[3], args[4] == Py_True);
+  if (wrong_count("ShortCall.step", 5, count)) return nullptr;
+  return call_of(self).run(Form::step, args[0], args[1], args[2], args[3], args[4] == Py_True, false);
 }
 PyObject* cell(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  if (wrong_count("cell", 4, count)) return nullptr;
-  return call_of(self).run(Form::cell, args[0], args[1], args[2], Py_None, args[3] == Py_True);
+  if (wrong_count("ShortCall.cell", 4, count)) return nullptr;
+  return call_of(self).run(Form::cell, args[0], args[1], args[2], Py_None, args[3] == Py_True, false);
 }
 
-// ShortCall(cell, batch_first, parameters, names of every layer's weights, packs): the weights as they are now, which
-// are those of the packs.
-PyObject* new_short_call(PyTypeObject* type, PyObject* args, PyObject*) {
+// ShortCall(cell, parameters, names of every layer's weights, packs): the weights as they are now, which are those of
+// the packs.
+PyObject* make_short_call(PyTypeObject* type, PyObject* args) {
   const char* cell_name;
-  int batch_first;
   PyObject *parameters, *names, *packs;
-  if (!PyArg_ParseTuple(args, "spO!O!O!", &cell_name, &batch_first, &PyDict_Type, &parameters, &PyTuple_Type, &names,
-                        &PyTuple_Type, &packs)) {
+  if (!PyArg_ParseTuple(args, "sO!O!O!", &cell_name, &PyDict_Type, &parameters, &PyTuple_Type, &names, &PyTuple_Type,
+                        &packs)) {
     return nullptr;
   }
   const auto refuse = [](const char* why) {
@@ -233,14 +231,9 @@ PyObject* new_short_call(PyTypeObject* type, PyObject* args, PyObject*) {
   }
   auto call = std::make_unique<ShortCall>();
   Stack& stack = call->stack;
-  try {
-    stack.cell = find_cell(cell_name);
-  } catch (const std::exception& error) {
-    return refuse(error.what());
-  }
+  stack.cell = find_cell(cell_name);
   const CellTraits& traits = cell_traits()[size_t(stack.cell)];
   call->two_states = traits.states > 1;
-  call->batch_first = batch_first != 0;
   for (Py_ssize_t l = 0; l < PyTuple_GET_SIZE(names); ++l) {
     PyObject* const layer_names = PyTuple_GET_ITEM(names, l);
     PyObject* const pack = PyTuple_GET_ITEM(packs, l);
@@ -300,16 +293,20 @@ PyObject* new_short_call(PyTypeObject* type, PyObject* args, PyObject*) {
   return self;
 }
 
+PyObject* new_short_call(PyTypeObject* type, PyObject* args, PyObject*) {
+  try {
+    return make_short_call(type, args);
+  } catch (const std::exception& error) {
+    PyErr_Format(PyExc_ValueError, "ShortCall: %s", error.what());
+    return nullptr;
+  }
+}
+
 void delete_short_call(PyObject* self) {
   PyTypeObject* const type = Py_TYPE(self);
   delete reinterpret_cast<ShortCallObject*>(self)->call;
   type->tp_free(self);
   Py_DECREF(type);
-}
-
-template <class Function>
-PyCFunction c_function(Function function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 PyObject* connect_torch(PyObject*, PyObject* args) {
@@ -340,7 +337,8 @@ PyObject* connect_torch(PyObject*, PyObject* args) {
 bool add_short_call(PyObject* module) {
   static PyMethodDef methods[] = {
       {"sequence", c_function(sequence), METH_FASTCALL,
-       "sequence(parameters, input, hx): a module's call without gradients, or None if it is not the plain case"},
+       "sequence(parameters, input, hx, batch_first): a module's call without gradients, or None if it is not the "
+       "plain case"},
       {"step", c_function(step), METH_FASTCALL,
        "step(parameters, input, hx, out, inplace): a module's step without gradients, or None likewise"},
       {"cell", c_function(cell), METH_FASTCALL,

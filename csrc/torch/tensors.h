@@ -48,24 +48,17 @@ inline OptionalTensor make_contiguous(const OptionalTensor& tensor) {
   return tensor.has_value() ? OptionalTensor(make_contiguous(*tensor)) : std::nullopt;
 }
 
-// Uninitialised, contiguous, on the CPU, straight from the allocator: torch::stable::new_empty looks its operator up by
-// name, which takes longer than a short step. Large ones come from the pool: fresh pages take longer than most kernels.
-inline Tensor make_empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+inline std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max(sizes[i], int64_t(1));
-  int64_t count = 1;
-  for (int64_t size : sizes) count *= size;
-  const size_t bytes = size_t(count) * size_t(dtype_size(dtype));
-  if (bytes >= kWorthPooling) {
-    const ScalarType type = dtype == Dtype::f64    ? ScalarType::Double
-                            : dtype == Dtype::bf16 ? ScalarType::BFloat16
-                            : dtype == Dtype::f16  ? ScalarType::Half
-                                                   : ScalarType::Float;
-    void* data = take_pooled(bytes);
-    poison(data, bytes);
-    return torch::stable::from_blob(data, sizes, strides, torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                    type, give_back_pooled);
-  }
+  return strides;
+}
+
+// Uninitialised, contiguous, on the CPU, straight from the allocator: torch::stable::new_empty looks its operator up by
+// name, which takes longer than a short step. Large ones go on huge pages: fresh small pages take longer than most
+// kernels.
+inline Tensor make_empty(const std::vector<int64_t>& sizes, Dtype dtype) {
+  const std::vector<int64_t> strides = contiguous_strides(sizes);
   const int32_t type = dtype == Dtype::f64    ? aoti_torch_dtype_float64()
                        : dtype == Dtype::bf16 ? aoti_torch_dtype_bfloat16()
                        : dtype == Dtype::f16  ? aoti_torch_dtype_float16()
@@ -74,8 +67,26 @@ inline Tensor make_empty(const std::vector<int64_t>& sizes, Dtype dtype) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
+  const size_t bytes = size_t(tensor.numel()) * size_t(dtype_size(dtype));
+  if (bytes >= kWorthHugePages) prefer_huge_pages(tensor.mutable_data_ptr(), bytes);
   poison(tensor.mutable_data_ptr(), bytes);
   return tensor;
+}
+
+// The same for what backward keeps and gives, from the pool where it is large. Such storage cannot be resized, which
+// an output might be.
+inline Tensor make_pooled(const std::vector<int64_t>& sizes, Dtype dtype) {
+  size_t bytes = size_t(dtype_size(dtype));
+  for (int64_t size : sizes) bytes *= size_t(size);
+  if (bytes < kWorthPooling) return make_empty(sizes, dtype);
+  const ScalarType type = dtype == Dtype::f64    ? ScalarType::Double
+                          : dtype == Dtype::bf16 ? ScalarType::BFloat16
+                          : dtype == Dtype::f16  ? ScalarType::Half
+                                                 : ScalarType::Float;
+  void* const data = take_pooled(bytes);
+  poison(data, bytes);
+  return torch::stable::from_blob(data, sizes, contiguous_strides(sizes),
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), type, give_back_pooled);
 }
 
 }  // namespace rnnkern

@@ -37,7 +37,11 @@ bool read_inputs(const char* cell_name, PyObject* const* objects, int& cell, Lay
     if (!input_view_of(objects[0], in.dtype, x)) return false;
   }
   if (!input_view_of(objects[1], in.dtype, h) || x.ndim != 2 || h.ndim != 2 || !x.contiguous()) return false;
-  cell = find_cell(cell_name);
+  try {
+    cell = find_cell(cell_name);
+  } catch (const std::exception&) {
+    return false;
+  }
   const CellTraits& traits = cell_traits()[size_t(cell)];
   in.T = in.D = 1;
   in.B = x.sizes[0];
@@ -56,12 +60,6 @@ bool read_inputs(const char* cell_name, PyObject* const* objects, int& cell, Lay
 
 double work_of(int cell, const LayerInputs& in) {
   return double(in.B) * double(cell_traits()[size_t(cell)].gates) * double(in.H) * double(in.I + in.H);
-}
-
-bool wrong_count(const char* name, Py_ssize_t expected, Py_ssize_t got) {
-  if (expected == got) return false;
-  PyErr_Format(PyExc_TypeError, "%s: expected %zd arguments, got %zd", name, expected, got);
-  return true;
 }
 
 PyObject* none_or(Reference&& tensor) { return tensor ? tensor.release() : share(Py_None).release(); }
@@ -129,11 +127,6 @@ PyObject* train_step_backward(PyObject*, PyObject* const* args, Py_ssize_t count
   }
   if (!run_kernels(2 * work_of(cell, in), [&] { layer_backward(cell, in, grad, torch_threads()); })) return nullptr;
   return results.release();
-}
-
-template <class Function>
-PyCFunction c_function(Function function) {
-  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.nn._written import named_state, write, write_state
+from rnnkern.nn._written import write_step
 from rnnkern.ops.recurrence import PackCache, Weights, check_lengths, recurrence
 from rnnkern.ops.short import SHORT
 
@@ -63,7 +63,7 @@ class _Recurrent(torch.nn.RNNBase):
         short = self._packs.short
         if short is None or self.training:
             return None
-        result = short.sequence(self._parameters, input, hx)
+        result = short.sequence(self._parameters, input, hx, self.batch_first)
         if result is None or not self.batch_first or input.dim() == 2:
             return result
         return result[0].transpose(0, 1), result[1]
@@ -122,14 +122,8 @@ class _Recurrent(torch.nn.RNNBase):
         time = 1 if self.batch_first and rank == 2 else 0
         y, state = self.forward(input.unsqueeze(time), hx)
         y = y.squeeze(time)
-        if inplace:
-            state = write_state(self, input, hx, state)
-        if out is not None:
-            if out.shape != y.shape:
-                raise RuntimeError(f"out must have shape {list(y.shape)}, got {list(out.shape)}")
-            write(self, {"out": out}, {"input": input} | named_state(hx), [y])
-            y = out
-        return y, state
+        write_step(input, hx, state, inplace, y, out)
+        return y if out is None else out, hx if inplace else state
 
     def _layer_weights(self, layer: int) -> tuple[Weights, tuple[Tensor | None, ...]]:
         """The weights of a layer as they are now: parameters, or what a parametrization put in their place."""
@@ -253,7 +247,7 @@ class _Recurrent(torch.nn.RNNBase):
             x, h = x.to(dtype), h.to(dtype)
         y, h_n, c_n, c_all = self._layers(x, h, c, first, lengths, resets, return_states)
         if T < SHORT and not (self.bidirectional or self.proj_size or torch.compiler.is_compiling()):
-            self._packs.prepare(self.mode.lower(), self._parameters, self._all_weights, self.batch_first)
+            self._packs.prepare(self.mode.lower(), self._parameters, self._all_weights)
         if not batched:
             c_n = None if c_n is None else c_n.squeeze(1)
             return y.squeeze(1), h_n.squeeze(1), c_n, None if c_all is None else c_all.squeeze(1)
@@ -350,6 +344,12 @@ class _Recurrent(torch.nn.RNNBase):
             if value is not None:
                 raise ValueError(f"{name} must be None if input is a PackedSequence, got {type(value).__name__}")
         B = int(batch_sizes[0])
+        if not torch.compiler.is_compiling() and bool((batch_sizes[1:] > batch_sizes[:-1]).any()):
+            raise RuntimeError(f"batch_sizes of input must not increase, got {batch_sizes.tolist()}")
+        if not torch.compiler.is_compiling() and int(batch_sizes.sum()) != data.shape[0]:
+            raise RuntimeError(
+                f"batch_sizes of input must add up to its rows, {data.shape[0]}, got {int(batch_sizes.sum())}"
+            )
         if hx is None:
             h, c = self._first_state(data, B)
         else:
@@ -365,7 +365,7 @@ class _Recurrent(torch.nn.RNNBase):
         self._check(data, len(batch_sizes), B, h, c, dtype, batch_sizes)
         if data.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
             data, h = data.to(dtype), h.to(dtype)
-        row_lengths = (batch_sizes[:, None] > torch.arange(B)).sum(0)
+        row_lengths = (batch_sizes[:, None] > torch.arange(B, device=batch_sizes.device)).sum(0)
         y, h_n, c_n, c_all = self._layers(data, h, c, first, row_lengths, None, return_states)
         if back is not None:
             h_n = h_n.index_select(1, back)

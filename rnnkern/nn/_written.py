@@ -14,16 +14,32 @@ def named_state(hx: Any) -> dict[str, Tensor]:
     return {"hx": hx} if isinstance(hx, Tensor) else {f"hx[{i}]": state for i, state in enumerate(hx)}
 
 
-def write_state(module: torch.nn.Module, input: Tensor, hx: Any, state: Any) -> Any:
-    """Writes the new state into hx, which a step took, and returns hx; raises what `write` raises."""
-    if hx is None:
-        raise ValueError("inplace=True needs a state to write: hx must not be None")
-    write(module, named_state(hx), {"input": input}, [state] if isinstance(state, Tensor) else state)
-    return hx
+def write_step(
+    input: Tensor, hx: Any, state: Any, inplace: bool, y: Tensor | None = None, out: Tensor | None = None
+) -> None:
+    """Writes what a step was asked to: the new state into hx, y into `out`; nothing unless all can be written.
+
+    Raises:
+        ValueError: there is no state to write.
+        RuntimeError: `out` has another shape than y; what `write` raises.
+    """
+    written: dict[str, Tensor] = {}
+    values: list[Tensor] = []
+    if out is not None and y is not None:
+        if out.shape != y.shape:
+            raise RuntimeError(f"out must have shape {list(y.shape)}, got {list(out.shape)}")
+        written["out"] = out
+        values.append(y)
+    if inplace:
+        if hx is None:
+            raise ValueError("inplace=True needs a state to write: hx must not be None")
+        written |= named_state(hx)
+        values += [state] if isinstance(state, Tensor) else state
+    if written:
+        write(written, {"input": input} | named_state(hx), values)
 
 
 def write(
-    module: torch.nn.Module,
     written: dict[str, Tensor],
     read: dict[str, Tensor],
     values: Sequence[Tensor],  # of the shapes of `written`

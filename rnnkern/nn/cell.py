@@ -8,7 +8,7 @@ from typing_extensions import Self
 
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.nn._written import write_state
+from rnnkern.nn._written import write_step
 from rnnkern.ops.recurrence import PackCache, Weights, step
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -77,6 +77,9 @@ class _Cell(torch.nn.RNNCellBase):
             hx: the state as in the call: h, or the pair (h, c).  # [B, H] or [H] each
             inplace: write the new state into the tensors of `hx`, and return hx.
 
+        Returns:
+            the new state, in the form of hx  # [B, H] or [H] each; the formula is that of the class
+
         Raises:
             ValueError: the rank of input or of a state is wrong; inplace=True without a state.
             RuntimeError: a size, dtype or device does not fit; a tensor to be written is not contiguous, shares memory
@@ -94,7 +97,8 @@ class _Cell(torch.nn.RNNCellBase):
         if result is not None:
             return result
         result = self.forward(input, hx)
-        return write_state(self, input, hx, result) if inplace else result
+        write_step(input, hx, result, inplace)
+        return hx if inplace else result
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Any]:
         """One step of `[B, I]` from states `[B, H]` (h None: zeros): the next h, and c if the cell has one."""

@@ -288,9 +288,7 @@ class PackCache:
         self._drop_short()
         return packed
 
-    def prepare(
-        self, cell: str, parameters: dict[str, Any], names: Sequence[Sequence[str]], batch_first: bool = False
-    ) -> None:
+    def prepare(self, cell: str, parameters: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
         """Makes `short`, if it can be made: every layer's weights are parameters of these names, and packed."""
         if self._prepared or ShortCall is None:
             return
@@ -300,7 +298,7 @@ class PackCache:
             return
         self._prepared = True
         try:
-            short = ShortCall(cell, batch_first, parameters, tuple(map(tuple, names)), packs)
+            short = ShortCall(cell, parameters, tuple(map(tuple, names)), packs)
         except ValueError:  # a parametrization, or a dtype that needs conversions
             return
         now = [_key([parameters[name] for name in layer]) for layer in names]
