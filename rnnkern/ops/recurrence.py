@@ -4,7 +4,7 @@ C++ (`csrc/torch/ops.cpp`) defines the schemas and the CPU kernels:
   rnnkern::layer            forward, keeps what backward needs
   rnnkern::layer_inference  forward without an autograd formula, which alone would cost microseconds per call
   rnnkern::layer_backward   every first gradient; its own gradient goes through the eager reference
-  rnnkern::pack             weights in the kernels' layout, for short inference calls
+  rnnkern::pack             weights in the kernels' layout, for inference calls of few rows
 The operators trust their input; `recurrence` checks the weights, `rnnkern.nn` the rest.
 """
 
@@ -19,7 +19,7 @@ from rnnkern import _library
 from rnnkern.cells import CELLS, reference
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops._dispatch import select
-from rnnkern.ops.short import SHORT, ShortCall, watched
+from rnnkern.ops.short import FEW_ROWS, SHORT, ShortCall, watched
 
 Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, and the same four of the reverse direction or None
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, h_n, c_n, c_all
@@ -241,7 +241,7 @@ def _with_time(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 class PackCache:
-    """Weights of a module's layers in the kernels' layout, for short calls without gradients in eval mode.
+    """Weights of a module's layers in the kernels' layout, for calls of few rows without gradients in eval mode.
 
     An entry holds while every weight keeps address, version and dtype. That misses writes without a trace: fused
     optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in training mode or
@@ -373,7 +373,7 @@ def recurrence(
     """Runs one layer in one or both directions on the backend that `rnnkern.ops._dispatch.choose` names.
 
     The meaning of every argument and result is that of `rnnkern.cells.reference.layer`; h0's first size tells whether
-    there is a reverse direction. Without gradients and for few steps the weights' packed form comes from `packs`; any
+    there is a reverse direction. Without gradients and for few rows the weights' packed form comes from `packs`; any
     other backend and a call with gradients empty it.
 
     Raises:
@@ -414,7 +414,8 @@ def recurrence(
         y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states)
         return y, h_n, c_n, c_all
     packed = key = None
-    if packs is not None and x.shape[0] < SHORT and not torch.compiler.is_compiling():
+    keep = x.shape[0] < SHORT or x.shape[0] * (x.shape[1] if x.dim() == 3 else 1) < FEW_ROWS
+    if packs is not None and keep and not torch.compiler.is_compiling():
         key, packed = packs.find(layer, weights)
     if packed is None:  # a pack was checked when it was made
         check_weights(x, weights, cell, h0, h0)

@@ -8,7 +8,8 @@ from torch.autograd import forward_ad
 from rnnkern import _library
 from rnnkern.ops import _dispatch
 
-SHORT = 16  # below this many steps weights are worth packing once for many calls; longer calls pack anew
+SHORT = 16  # below this many steps calls go past the dispatcher, and weights are packed once for many of them
+FEW_ROWS = 1024  # so are those of calls with fewer rows (steps times batch): to pack takes as long as 6 rows or so
 
 
 def watched() -> bool:
