@@ -30,13 +30,13 @@ def clone(state: Any) -> Any:
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("batch", [(1,), (B,), ()], ids=str)
 @pytest.mark.parametrize("num_layers", [1, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),  # an LSTM in low precision rounds c between calls: the next test is about it
+    [(kind, dtype) for kind in KINDS for dtype in DTYPES if kind != "LSTM" or dtype in (torch.float32, torch.float64)],
+)
 def test_steps_equal_the_whole_sequence(
     kind: str, dtype: torch.dtype, num_layers: int, batch: tuple[int, ...], batch_first: bool
 ) -> None:
-    if kind == "LSTM" and dtype in (torch.bfloat16, torch.float16):
-        pytest.skip("c is rounded to the storage dtype between calls")
     module = make(kind, num_layers=num_layers, batch_first=batch_first, dtype=dtype)
     x = torch.randn(T, *batch, I, dtype=dtype)
     with torch.no_grad(), poisoned_memory():

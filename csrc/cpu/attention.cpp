@@ -10,7 +10,7 @@
 // Only gradients of bfloat16 and float16 rows with several query blocks take more: Tk (D + Dv) floats to sum in.
 #include "cpu/attention.h"
 
-#include "cpu/attention_parts.h"
+#include "cpu/attention_additive.h"
 #include "cpu/workspace.h"
 
 namespace rnnkern::RNNKERN_ISA {
