@@ -1,5 +1,6 @@
 """Where and with what something is measured, and the folder its results go to."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -120,3 +121,15 @@ def probe(probes: Probes | None) -> MachineProbe | None:
 def chosen_threads(text: str) -> list[int]:
     """A list of numbers of threads such as "2,1", for argparse."""
     return list(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
+def add_run_arguments(top: argparse.ArgumentParser) -> None:
+    """The arguments of every program that measures on some numbers of threads and writes beside the report."""
+    top.add_argument(
+        "--threads", type=chosen_threads, metavar="N,...", help="torch's threads (default: its own choice)"
+    )
+    top.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the machines' folders (default benchmarks/results; build/benchmarks if partial)",
+    )

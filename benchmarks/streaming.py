@@ -10,7 +10,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.environment import (
     PARTIAL,
     RESULTS,
-    chosen_threads,
+    add_run_arguments,
     describe,
     environment,
     folder_for,
@@ -230,14 +229,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--period", type=some_seconds, default=PERIOD, metavar="S", help="between calls (default %(default)s)"
     )
-    top.add_argument(
-        "--threads", type=chosen_threads, metavar="N,...", help="torch's threads (default: its own choice)"
-    )
-    top.add_argument(
-        "--out",
-        type=Path,
-        help="folder for the machines' folders (default benchmarks/results; build/benchmarks if partial)",
-    )
+    add_run_arguments(top)
     return top
 
 

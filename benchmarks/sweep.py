@@ -9,7 +9,6 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch
 from benchmarks.environment import (
     PARTIAL,
     RESULTS,
-    chosen_threads,
+    add_run_arguments,
     describe,
     environment,
     find_probes,
@@ -171,14 +170,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--seconds", type=some_seconds, default=600, metavar="S", help="time for all, each time (default 600)"
     )
-    top.add_argument(
-        "--threads", type=chosen_threads, metavar="N,...", help="torch's threads (default: its own choice)"
-    )
-    top.add_argument(
-        "--out",
-        type=Path,
-        help="folder for the machines' folders (default benchmarks/results; build/benchmarks if partial)",
-    )
+    add_run_arguments(top)
     return top
 
 
