@@ -65,24 +65,26 @@ class Backward {
     const int64_t input_blocks = blocks_of(in_.I);
     panel_stride_ = panel_bytes(in_) / int64_t(sizeof(T));
     chunk_ = max_of(int64_t(1), kChunkRows / max_of(int64_t(1), in_.B));
-    rows_stride_ = (chunk_ * in_.B | 1) * kBlock;  // an odd number of cache lines: slot blocks fall into different sets
+    const int64_t longest = min_of(chunk_, plan.steps);
+    rows_stride_ = (longest * in_.B | 1) * kBlock;  // an odd number of cache lines: slot blocks fall into different sets
     for (int d = 0; d < in_.D; ++d) {
       T* const packed = static_cast<T*>(plan.packed);
       w_hh_[d] = packed ? packed + d * (blocks_ + input_blocks) * panel_stride_ : nullptr;
       w_ih_[d] = packed ? w_hh_[d] + blocks_ * panel_stride_ : nullptr;
-      for (T*& gates : gates_[d]) gates = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
+      gates_[d][0] = arena.take<T>(size_t(blocks_ * kSlots * rows_stride_));
+      gates_[d][1] = plan.steps > chunk_ ? arena.take<T>(size_t(blocks_ * kSlots * rows_stride_)) : gates_[d][0];
       for (T*& carry : carry_[d]) carry = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
       dx_[d] = in_.D == 2
                    ? arena.take<T>(size_t((in_.packed_rows ? plan.first_row[plan.steps] : in_.T * in_.B) * in_.I))
                    : nullptr;
     }
     weights_.place(arena);
-    const int64_t panel = kPanelBlocks * min_of(kPanelRows, max_of(in_.B, chunk_ * in_.B)) * kBlock;
+    const int64_t panel = kPanelBlocks * min_of(kPanelRows, max_of(in_.B, longest * in_.B)) * kBlock;
     for (int i = 0; i < plan.members; ++i) {
       T* half0 = arena.take<T>(size_t(panel));
       T* half1 = arena.take<T>(size_t(panel));
       T* columns = arena.take<T>(size_t(weights_.columns_size(plan) * kBlock));
-      int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
+      int64_t* first_row = arena.take<int64_t>(size_t(longest + 1));
       T* panels = arena.take<T>(size_t(plan.pack ? 0 : kInputPanels * panel_stride_));
       if (i == member) {
         panels_ = panels;

@@ -20,7 +20,6 @@
 namespace rnnkern::RNNKERN_ISA {
 
 constexpr int64_t kRun = 256;           // longest chain of additions: keeps the rounding error below torch's
-constexpr int64_t kBatchSplitRows = 8;  // rows per member above which the batch is split
 
 RNNKERN_FN int64_t blocks_of(int64_t units) { return (units + kBlock - 1) / kBlock; }
 RNNKERN_FN int64_t half_cut(int64_t blocks) { return blocks / 2; }
@@ -41,6 +40,13 @@ struct Share {
   bool unit_split;
 };
 
+// Whether `members` divide the rows: where each has enough of them to be bound by its multiply-adds. From four rows on
+// that holds if the recurrent weights fit a core's own cache and all members have the same to do.
+RNNKERN_FN bool splits_batch(const LayerInputs& in, int members) {
+  const int64_t rows = in.B / members;
+  return in.B > 8 * members || (rows >= 4 && in.B % members == 0 && !in.lengths && in.H <= 256);
+}
+
 RNNKERN_FN Share share_of(const LayerPlan& plan, const Member& member) {
   const LayerInputs& in = *plan.in;
   Share share{0, in.D, member.index, member.size, 0, false};
@@ -51,7 +57,7 @@ RNNKERN_FN Share share_of(const LayerPlan& plan, const Member& member) {
                    : Share{0, 1, member.index, half, 0, false};
   }
   // A few steps have nothing to gain from rows of one's own, and each weight should be read by one member only.
-  share.unit_split = share.size > 1 && (in.B <= kBatchSplitRows * share.size || !plan.pack);
+  share.unit_split = share.size > 1 && (!splits_batch(in, share.size) || !plan.pack);
   return share;
 }
 

@@ -38,6 +38,7 @@ class Forward {
         inputs_(padded<A>(plan.in->I)),
         hidden_(padded<A>(plan.in->H)) {
     Arena arena(workspace);
+    panel_blocks_ = plan.packed ? kPanelBlocks : 4;  // what is packed as it is used should stay in the cache
     row_stride_ = padded_stride(in_.H);
     x_stride_ = padded_stride(in_.I);
     for (int d = 0; d < in_.D; ++d) {
@@ -46,7 +47,7 @@ class Forward {
     }
     // Steps whose inputs are projected together: enough rows to stream the weights as fast as they are multiplied.
     const bool beyond_cache = in_.H * in_.I * kGates * int64_t(sizeof(A)) > int64_t(4) << 20;
-    const int64_t rows = in_.B > kBatchSplitRows * plan.members ? in_.B / plan.members : in_.B;
+    const int64_t rows = splits_batch(in_, plan.members) ? in_.B / plan.members : in_.B;
     chunk_ = max_of(int64_t(1), min_of(plan.steps, (beyond_cache ? 384 : 128) / max_of(int64_t(1), rows)));
     const int64_t chunk_rows = chunk_ * in_.B;  // a member may have all rows of a step
     for (int i = 0; i < plan.members; ++i) {
@@ -56,7 +57,7 @@ class Forward {
       T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
       T* bias = arena.take<T>(kPanelBlocks * kWidth);
-      A* weights = arena.take<A>(size_t(plan.packed ? 0 : kPanelBlocks * max_of(inputs_, hidden_) * kWidth));
+      A* weights = arena.take<A>(size_t(plan.packed ? 0 : panel_blocks_ * max_of(inputs_, hidden_) * kWidth));
       if (i == member) {
         bias_ = bias;
         weights_ = weights;
@@ -102,8 +103,8 @@ class Forward {
   Packed<S> packed(int d) const { return Packed<S>(plan_.packed, in_, kGates, d); }
 
   // Panels of unit blocks: enough blocks in each to keep the multipliers busy when rows or gates are few.
-  static int64_t panels_of(const Range& blocks, int64_t rows) {
-    const int64_t width = rows <= 3 ? kPanelBlocks : kGates == 1 ? 4 : 1;
+  int64_t panels_of(const Range& blocks, int64_t rows) const {
+    const int64_t width = rows <= 3 ? panel_blocks_ : kGates == 1 ? 4 : 1;
     return (blocks.end - blocks.begin + width - 1) / width;
   }
 
@@ -282,7 +283,7 @@ class Forward {
   const LayerInputs& in_;
   const LayerOutputs& out_;
   const int64_t blocks_, inputs_, hidden_;  // inputs_ and hidden_: I and H as the products see them
-  int64_t row_stride_, x_stride_, chunk_;
+  int64_t panel_blocks_, row_stride_, x_stride_, chunk_;
   A* h_[2][2];            // [direction][step & 1]: [row][row_stride_]
   T* state_[2][kStates];  // [direction][state]: [block][row][16]; the first is unused
   // Own scratch: [chunk row][x_stride_], [block][chunk row][gate][16], [panel block][panel row][gate][16].

@@ -23,13 +23,12 @@ struct Block {
   ~Block() { std::free(data); }
 };
 
-// Large allocations on huge pages, others on cache lines.
-void* allocate(size_t& bytes) {
-  const size_t alignment = bytes >= kWorthHugePages ? kHugePage : kAlignment;
-  bytes = (bytes + alignment - 1) / alignment * alignment;
-  void* data = std::aligned_alloc(alignment, bytes);
-  if (!data) throw std::bad_alloc();
-  if (bytes >= kWorthHugePages) prefer_huge_pages(data, bytes);
+// Large allocations on huge pages, but for what the last one would not fill; others on cache lines.
+void* allocate(size_t bytes) {
+  const bool large = bytes >= kWorthHugePages;
+  void* data = nullptr;
+  if (posix_memalign(&data, large ? kHugePage : kAlignment, bytes) != 0) throw std::bad_alloc();
+  if (large) prefer_huge_pages(data, bytes);
   return data;
 }
 
@@ -138,9 +137,8 @@ void* workspace(Slot slot, size_t bytes) {
   if (block.bytes < bytes) {
     std::free(block.data);
     block = Block{};
-    size_t size = bytes;
-    block.data = allocate(size);
-    block.bytes = size;
+    block.data = allocate(bytes);
+    block.bytes = bytes;
   }
   poison(block.data, bytes);
   return block.data;
