@@ -84,6 +84,28 @@ def test_steps_of_a_cell_equal_its_calls(kind: str, dtype: torch.dtype, batch: t
                 assert torch.equal(leaves[0], leaves[2])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_steps_in_a_row_equal_the_whole_sequence(kind: str) -> None:
+    """Those that follow each other without a pause are divided among threads, the first ones are not."""
+    steps, size = 50, 400
+    module = getattr(rnnkern.nn, kind)(I, size, num_layers=2).eval()
+    x = torch.randn(steps, 2, I)
+    before = torch.get_num_threads()
+    try:
+        with torch.no_grad(), poisoned_memory():
+            expected, _ = module(x)
+            for threads in (1, 2, 4):
+                torch.set_num_threads(threads)
+                for inplace in (False, True):
+                    states = tuple(torch.zeros(2, 2, size) for _ in range(2))
+                    hx: Any = states if kind == "LSTM" else states[0]
+                    for t in range(steps):
+                        y, hx = module.step(x[t], hx, inplace=inplace)
+                        assert torch.equal(y, expected[t]), (threads, inplace, t)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_stack_with_other_inputs_and_without_biases() -> None:
     module = rnnkern.nn.LSTM(33, 5, num_layers=2, bias=False).eval()
     x = torch.randn(T, 1, 33)

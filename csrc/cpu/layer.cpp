@@ -29,6 +29,7 @@ constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed we
 // Multiply-adds of the forward pass below which one thread runs alone. An idle thread takes milliseconds to wake, which
 // a stream of short calls would meet each time; training steps follow each other closely.
 constexpr double kSerialWork = 4e6, kSerialTrainingWork = 5e5;
+constexpr double kMemberWork = 1e5;  // the least that a member is worth its share of the exchange for
 
 #define RNNKERN_NUMBER(cell, Struct) number_of_##cell,
 enum { RNNKERN_FOR_EACH_CELL(RNNKERN_NUMBER) };  // a cell's index in cell_traits()
@@ -89,7 +90,8 @@ class Plan {
     plan.length = length_.data();
     plan.alive = alive_.data();
     plan.first_row = first_row_.data();
-    plan.members = work < (training ? kSerialTrainingWork : kSerialWork) ? 1 : std::max(1, parallel.threads);
+    const double serial = training ? kSerialTrainingWork : parallel.awake ? kWorthAwakeThreads : kSerialWork;
+    plan.members = work < serial ? 1 : int(std::clamp(double(parallel.threads), 1.0, work / kMemberWork));
     if (plan.members > 1) flags_.resize(size_t(plan.members));
     plan.flags = plan.members > 1 ? flags_.data() : &alone_;
   }
@@ -142,7 +144,7 @@ void sample_weights(const LayerInputs& in, int gates, uint64_t* samples) {
 }
 
 ParallelFor limited(const ParallelFor& parallel, int members) {
-  return {parallel.run, std::min(parallel.threads, members)};
+  return {parallel.run, std::min(parallel.threads, members), parallel.awake};
 }
 
 }  // namespace

@@ -62,6 +62,9 @@ struct LayerGradients {
   bool need_dw;
 };
 
+// Multiply-adds from which a forward call is divided among threads that are awake.
+constexpr double kWorthAwakeThreads = 2e5;
+
 struct CellTraits {
   std::string name;
   int gates, states, saved, split_gates;

@@ -12,7 +12,8 @@ namespace rnnkern {
 struct ParallelFor {
   using Body = void (*)(void* context, int64_t begin, int64_t end);
   void (*run)(int64_t count, Body body, void* context);
-  int threads;  // how many it may use at most
+  int threads;         // how many it may use at most
+  bool awake = false;  // whether they wait for work actively, so that even little of it is worth dividing
 };
 
 // A member's view of its team: its number, and a barrier that all members pass together.

@@ -168,9 +168,16 @@ PyObject* ShortCall::run(Form form, PyObject* parameters, PyObject* input, PyObj
   }
 
   bool ran = false;
-  if (!run_kernels(stack_work(stack, call.T, call.B), [&] { ran = run_stack(stack, call, torch_threads()); })) {
-    return nullptr;
-  }
+  const double work = stack_work(stack, call.T, call.B);
+  const auto kernels = [&] {
+    if (work < kWorthAwakeThreads) {
+      ran = run_stack(stack, call, torch_threads());
+    } else {
+      const ShortCallThreads threads(work);
+      ran = run_stack(stack, call, threads.get());
+    }
+  };
+  if (!run_kernels(work, kernels)) return nullptr;
   if (!ran) Py_RETURN_NONE;
 
   if (in_place || out != Py_None) {  // what autograd has saved of them is no longer what it was

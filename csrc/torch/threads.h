@@ -10,4 +10,20 @@ namespace rnnkern {
 // fork, and OpenMP waits for ever for threads that the child does not have.
 RNNKERN_API ParallelFor torch_threads();
 
+// For a short call of so many multiply-adds, from here to the object's end. torch's threads spin for some milliseconds
+// after a parallel call, and take as long to wake after that: a call is divided only once a thread has made many without
+// a pause, and if that proves faster. Where threads outnumber the cores, it is several times slower.
+class RNNKERN_API ShortCallThreads {
+ public:
+  explicit ShortCallThreads(double work);
+  ShortCallThreads(const ShortCallThreads&) = delete;
+  ~ShortCallThreads();
+  ParallelFor get() const;
+
+ private:
+  const double work_;
+  const int64_t begin_;
+  bool awake_;
+};
+
 }  // namespace rnnkern
