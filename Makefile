@@ -36,7 +36,7 @@ help:
 	@echo 'make sweep      random shapes against torch.nn; make streaming measures calls of one step'
 	@echo 'make build      make the environment ($(VENV)) and build the extension into it'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what they can'
-	@echo 'make ctest      the C++ tests; make sanitize runs them under ASan + UBSan and under TSan'
+	@echo 'make ctest      the C++ tests; make sanitize runs them under TSan, and with Python tests under ASan + UBSan'
 	@echo 'make clean      remove what was built; make distclean removes $(VENV) too'
 
 demo: build
@@ -67,9 +67,9 @@ format:
 	@$(python) -m ruff format .
 	@$(VENV)/bin/clang-format -i $(cpp)
 
-# The C++ tests need no torch, but CMake and Ninja come from the environment.
+# The C++ tests need no torch, but CMake and Ninja come from the environment. $(4): more of CMake's options.
 ctest_in = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
-  cmake -S . -B $(1) -G Ninja -DRNNKERN_TORCH=OFF -DRNNKERN_TESTS=ON -DRNNKERN_SANITIZE=$(2) >$(1).log || { cat $(1).log; exit 1; }; \
+  cmake -S . -B $(1) -G Ninja -DRNNKERN_TORCH=OFF -DRNNKERN_TESTS=ON -DRNNKERN_SANITIZE=$(2) $(4) >$(1).log || { cat $(1).log; exit 1; }; \
   cmake --build $(1); ctest --test-dir $(1) --output-on-failure $(3)
 
 ctest: tools
@@ -77,8 +77,16 @@ ctest: tools
 
 sanitize: asan tsan
 
-asan: tools
-	@mkdir -p build; $(call ctest_in,build/asan,address$(comma)undefined,$(ARGS))
+# And those Python tests that have most to do with memory, on a copy of the package with sanitized kernels.
+asan_tests := $(foreach name,nn_step nn_short_calls nn_cell nn_recurrent packed_rows bad_input attention_errors,tests/test_$(name).py)
+asan: build
+	@mkdir -p build; $(call ctest_in,build/asan,address$(comma)undefined,$(ARGS),-DRNNKERN_TORCH=ON \
+	  -DPython_EXECUTABLE="$(CURDIR)/$(python)" -DCMAKE_INSTALL_PREFIX="$(CURDIR)/build/asan/package/rnnkern"); \
+	rm -rf build/asan/package; mkdir build/asan/package; cp -r rnnkern tests pyproject.toml build/asan/package; \
+	rm -f build/asan/package/rnnkern/*.so; cmake --install build/asan >build/asan.log || { cat build/asan.log; exit 1; }; \
+	cd build/asan/package; export ASAN_OPTIONS=detect_leaks=0; \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  "$(CURDIR)/$(python)" -m pytest $(asan_tests)
 
 # Threads are started in the engines and in the team only.
 tsan: tools
