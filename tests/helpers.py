@@ -12,7 +12,8 @@ import rnnkern
 from rnnkern import _library
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops.recurrence import PackCache, recurrence
+from rnnkern.ops.packs import PackCache
+from rnnkern.ops.recurrence import recurrence
 
 ISAS = _library.extension.supported_isas() if _library.extension is not None else []
 BACKENDS = ["eager", "cpu"] if _library.available else ["eager"]

@@ -9,7 +9,7 @@ import torch
 
 import rnnkern
 from rnnkern.cells import CELLS
-from rnnkern.ops.recurrence import PackCache
+from rnnkern.ops.packs import PackCache
 from tests.helpers import DTYPES, ISAS, assert_same_bits, instruction_set, make_layer, needs_kernels, threads
 
 pytestmark = needs_kernels

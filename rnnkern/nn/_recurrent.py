@@ -10,7 +10,8 @@ from typing_extensions import Self
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.nn._written import write_step
-from rnnkern.ops.recurrence import PackCache, Weights, check_lengths, recurrence
+from rnnkern.ops.packs import PackCache, Weights
+from rnnkern.ops.recurrence import check_lengths, recurrence
 from rnnkern.ops.short import SHORT
 
 _TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its name in capitals

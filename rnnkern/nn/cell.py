@@ -9,7 +9,8 @@ from typing_extensions import Self
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.nn._written import write_step
-from rnnkern.ops.recurrence import PackCache, Weights, step
+from rnnkern.ops.packs import PackCache, Weights
+from rnnkern.ops.recurrence import step
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 

@@ -19,9 +19,9 @@ from rnnkern import _library
 from rnnkern.cells import CELLS, reference
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops._dispatch import select
-from rnnkern.ops.short import FEW_ROWS, SHORT, ShortCall, watched
+from rnnkern.ops.packs import PackCache, Weights
+from rnnkern.ops.short import FEW_ROWS, SHORT, watched
 
-Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, and the same four of the reverse direction or None
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, h_n, c_n, c_all
 
 
@@ -171,7 +171,6 @@ if _library.available:
     torch.library.register_autograd("rnnkern::layer_backward", _double_backward, setup_context=_setup_backward)
     _layer = torch.ops.rnnkern.layer.default
     _layer_inference = torch.ops.rnnkern.layer_inference.default
-    _pack = torch.ops.rnnkern.pack.default
 
 
 class _Layer(torch.autograd.Function):
@@ -238,79 +237,6 @@ _apply_cell_step: Any = _CellStep.apply
 
 def _with_time(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.unsqueeze(0) for t in tensors)
-
-
-class PackCache:
-    """Weights of a module's layers in the kernels' layout, for calls of few rows without gradients in eval mode.
-
-    An entry holds while every weight keeps address, version and dtype. That misses writes without a trace: fused
-    optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in training mode or
-    with gradients, and in `train` and `eval`; and the kernels compare a sample of the elements with one kept in the
-    pack. What remains unseen is a write without a trace, to so few elements that the sample misses them, between two
-    calls without gradients of a module that stays in eval mode: `module.eval()` after such a write makes it seen.
-    Weights are packed when seen unchanged for the second time: evaluating between updates packs nothing in vain.
-
-    Attributes:
-        short: runs the whole module past the dispatcher (`rnnkern.ops.short`), once all its layers have packs; or None.
-        cell: the cell for which `short` was made.
-    """
-
-    short: Any
-    cell: str
-    _entries: dict[int, tuple[list[Any], Tensor | None]]
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops every pack, without reading: `torch.compile` would guard on what it reads."""
-        self._entries = {}
-        self._drop_short()
-
-    def _drop_short(self) -> None:
-        self.short = None
-        self._prepared = False
-
-    def find(self, layer: int, weights: Weights) -> tuple[list[Any] | None, Tensor | None]:
-        """The key of these weights (None if they cannot have one), and their pack if there is one."""
-        try:
-            key = _key(weights if weights[4] is not None else weights[:4])
-        except RuntimeError:  # inference tensors have no version, fake tensors no address
-            return None, None
-        entry = self._entries.get(layer)
-        return key, entry[1] if entry is not None and entry[0] == key else None
-
-    def add(self, layer: int, key: list[Any], cell: str, weights: Weights) -> Tensor | None:
-        """Remembers these weights; packs them if they were remembered before."""
-        entry = self._entries.get(layer)
-        packed = _pack(cell, *weights) if entry is not None and entry[0] == key else None
-        self._entries[layer] = (key, packed)
-        self._drop_short()
-        return packed
-
-    def prepare(self, cell: str, parameters: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
-        """Makes `short`, if it can be made: every layer's weights are parameters of these names, and packed."""
-        if self._prepared or ShortCall is None:
-            return
-        entries = [self._entries.get(layer, ([], None)) for layer in range(len(names))]
-        packs = tuple(packed for _, packed in entries)
-        if any([packed is None for packed in packs]):
-            return
-        self._prepared = True
-        try:
-            short = ShortCall(cell, parameters, tuple(map(tuple, names)), packs)
-        except ValueError:  # a parametrization, or a dtype that needs conversions
-            return
-        now = [_key([parameters[name] for name in layer]) for layer in names]
-        # Looked up after `short` took note of the weights: another thread may have changed them after they were packed.
-        if all(key == entry[0][: len(key)] for key, entry in zip(now, entries)):
-            self.cell = cell
-            self.short = short
-
-
-def _key(weights: Sequence[Tensor | None]) -> list[Any]:
-    """What changes whenever weights change, but for writes without a trace."""
-    return [None if w is None else (w.data_ptr(), w._version, w.dtype) for w in weights]
 
 
 def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
