@@ -258,7 +258,7 @@ class Backward {
   void multiply(const T* weights, const T* dgh, int64_t rows, int64_t blocks, int half) {
     const int64_t cut = half_cut(blocks_), first = half == 0 ? 0 : cut, last = half == 0 ? cut : blocks_;
     for (int64_t k = first; k < last || k == first; k += kRunBlocks) {
-      gemm<T, 1>(rows, blocks,
+      gemm<T, 1, Walk::runs>(rows, blocks,
                  {dgh + k * kSlots * rows_stride_, kBlock, kBlock, 1, kGates, rows_stride_,
                   int(min_of(kRunBlocks, last - k)), kSlots * rows_stride_},
                  {weights + k * kGates * kBlock * kBlock, panel_stride_},
@@ -334,7 +334,7 @@ class Backward {
       for (int64_t r = rows.begin; r < rows.end; r += kPanelRows) {
         const int64_t count = min_of(kPanelRows, rows.end - r);
         for (int64_t k = 0; k < blocks_; k += kRunBlocks) {
-          gemm<T, 1>(count, panel,
+          gemm<T, 1, Walk::runs>(count, panel,
                      {gates(d, chunk, k, kSplit) + r * kBlock, kBlock, kBlock, 1, kGates, rows_stride_,
                       int(min_of(kRunBlocks, blocks_ - k)), kSlots * rows_stride_},
                      {weights + k * kGates * kBlock * kBlock, panel_stride_},

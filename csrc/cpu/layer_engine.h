@@ -127,8 +127,8 @@ RNNKERN_FN void wait_for_others(const LayerPlan& plan, const Share& share, int64
   }
 }
 
-// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16] (or as pairs
-// along k, see gemm.h), both biases [block][G][16]. Units past H are zero.
+// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16] (or gate by gate,
+// or as pairs along k, see gemm.h), both biases [block][G][16]. Units past H are zero.
 template <class S>
 struct Packed {
   using A = Element<S>;
@@ -185,18 +185,19 @@ RNNKERN_FN void transpose(Vec<T> (&rows)[Vec<T>::kLanes]) {
   }
 }
 
-// from: S [G*H, K] -> to: [block][K][G][16], or pairs along K, for one block.
+// from: S [G*H, K] -> to: [block][K][G][16], or gate by gate, or pairs along K, for one block.
 template <class S>
 void pack_block(const S* from, Element<S>* to, int gates, int64_t H, int64_t K, int64_t block) {
   using V = Vec<Compute<S>>;
   constexpr int L = V::kLanes, kPer = kTerms<Element<S>>;
-  const int64_t units = min_of(int64_t(kBlock), H - block * kBlock), width = gates * kBlock;
+  const int64_t units = min_of(int64_t(kBlock), H - block * kBlock), width = panel_width(gates);
+  const int64_t gate = width == kBlock ? padded<Element<S>>(K) / kPer * kBlock : kBlock;  // from gate to gate
   for (int g = 0; g < gates; ++g) {
     for (int64_t j = 0; j < kBlock; j += L) {
       const S* const row = from + (g * H + block * kBlock + j) * K;
       for (int64_t k = 0; k < K; k += L * kPer) {  // innermost: as many streams as lanes, each read in order
         const int count = int(min_of(int64_t(L * kPer), K - k));
-        Element<S>* column = to + k * width + (g * kBlock + j) * kPer;
+        Element<S>* column = to + k * width + (g * gate + j) * kPer;
         V rows[L];
         if (count == L * kPer && j + L <= units) {
           RNNKERN_UNROLL

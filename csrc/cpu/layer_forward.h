@@ -15,7 +15,7 @@ class Forward {
   using V = Vec<T>;
   using A = Element<S>;  // of x, h and weights, as the products read them
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
-  static constexpr int kWidth = kGates * kBlock;
+  static constexpr int kWidth = kGates * kBlock, kPanelWidth = panel_width(kGates);
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
   static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8;
 
@@ -183,7 +183,7 @@ class Forward {
       const T* bias = input_bias(d, block, panel);
       for (int64_t k = 0; k < inputs_ || k == 0; k += kRun) {
         gemm<A, kGates>(count, panel, {x_ + k, x_stride_, int(min_of(kRun, inputs_ - k))},
-                        {weights + k * kWidth, inputs_ * kWidth},
+                        {weights + k * kPanelWidth, inputs_ * kPanelWidth},
                         {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
       }
     }
@@ -225,10 +225,10 @@ class Forward {
   // half_[half] = W_hh h over the units of one half.
   void multiply(const A* weights, const A* h, int64_t rows, int64_t blocks, int half) {
     const int64_t cut = half_cut(blocks_) * kBlock;
-    const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : hidden_, block_stride = hidden_ * kWidth;
+    const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : hidden_;
     for (int64_t k = first; k < last || k == first; k += kRun) {
       gemm<A, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
-                      {weights + k * kWidth, block_stride},
+                      {weights + k * kPanelWidth, hidden_ * kPanelWidth},
                       {half_[half], rows * kWidth, kWidth, k == first ? Start::zero : Start::add});
     }
   }
