@@ -38,6 +38,7 @@ template <class T>
 struct PackedOperand {
   const T* p;
   int64_t panel_stride;  // from block to block, or from gate to gate
+  int64_t ahead = 0;     // from what is read to what will be read after all of it, and is fetched into the L2 cache
 };
 
 enum class Start { zero, add, bias };
@@ -60,6 +61,7 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
                 const Panel<Compute<T>>& C) {
   using V = Vec<Compute<T>>;
   constexpr bool kRuns = kWalk == Walk::runs, kColumns = kWalk == Walk::columns;
+  constexpr bool kFetch = kWalk == Walk::run && kRows > 3;  // fewer rows take as many cycles to load as to multiply
   const int64_t column = int64_t(vector) * V::kLanes;
   const int64_t row = kColumns ? 1 : A.row, inner = kColumns ? A.inner : 1, run = A.run;
   const int64_t group_stride = A.group_stride, outer_stride = A.outer_stride;
@@ -70,6 +72,7 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
   Compute<T>* c_tile = C.c + block * block_stride + m * row_stride + column;
   const Compute<T>* const bias = C.start == Start::bias ? C.bias + block * kWidth + column : nullptr;
   const bool add = C.start == Start::add;
+  int64_t ahead = P.ahead;
   for (; m < end; m += kRows, a_tile += kRows * row, c_tile += kRows * row_stride) {
     V sum[kRows][kBlocks][kVectors];
     RNNKERN_UNROLL
@@ -91,7 +94,9 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
           for (int b = 0; b < kBlocks; ++b) {
             RNNKERN_UNROLL
             for (int v = 0; v < kVectors; ++v) {
-              w[b][v] = Factor<T>::load(p + b * panel_stride + v * V::kLanes * kTerms<T>);
+              const T* from = p + b * panel_stride + v * V::kLanes * kTerms<T>;
+              w[b][v] = Factor<T>::load(from);
+              if (kFetch && v * V::kLanes % int(64 / sizeof(Compute<T>)) == 0) __builtin_prefetch(from + ahead, 0, 2);
             }
           }
           RNNKERN_UNROLL
@@ -202,7 +207,7 @@ void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOper
       to.c += block * C.block_stride;
       to.block_stride = kBlock;
       if (C.bias) to.bias += block * kWidth;
-      gemm<T, 1, kWalk>(rows, kGates, A, {P.p + block * kGates * P.panel_stride, P.panel_stride}, to);
+      gemm<T, 1, kWalk>(rows, kGates, A, {P.p + block * kGates * P.panel_stride, P.panel_stride, P.ahead}, to);
     }
   } else if constexpr (kVectors > 2) {
     if (rows <= 3) return RNNKERN_SHAPE(1, 4);

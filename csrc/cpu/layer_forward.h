@@ -19,6 +19,12 @@ class Forward {
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
   static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8;
 
+  // A row at a step: where its units lie in y, whether the step is its last, whether its state is zero after it.
+  struct StepRow {
+    int64_t out;
+    bool last, fresh;
+  };
+
  public:
   static size_t bytes(const LayerPlan& plan) { return Forward(plan, LayerOutputs{}, nullptr, -1).bytes_; }
 
@@ -56,6 +62,7 @@ class Forward {
       T* half0 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
+      StepRow* step_rows = arena.take<StepRow>(size_t(in_.B));
       T* bias = arena.take<T>(kPanelBlocks * kWidth);
       A* weights = arena.take<A>(size_t(plan.packed ? 0 : panel_blocks_ * max_of(inputs_, hidden_) * kWidth));
       if (i == member) {
@@ -66,6 +73,7 @@ class Forward {
         half_[0] = half0;
         half_[1] = half1;
         first_row_ = first_row;
+        step_rows_ = step_rows;
       }
     }
     bytes_ = arena.used();
@@ -180,10 +188,12 @@ class Forward {
       const int64_t panel = end - block;  // its weights stay in the cache
       T* gx = gx_ + (block - blocks.begin) * gx_stride_;
       const A* weights = input_weights(d, block, panel);
+      const A* next = plan_.packed && i + 1 < panels ? weights + panel * inputs_ * kWidth : weights;
       const T* bias = input_bias(d, block, panel);
       for (int64_t k = 0; k < inputs_ || k == 0; k += kRun) {
         gemm<A, kGates>(count, panel, {x_ + k, x_stride_, int(min_of(kRun, inputs_ - k))},
-                        {weights + k * kPanelWidth, inputs_ * kPanelWidth},
+                        {weights + k * kPanelWidth, inputs_ * kPanelWidth,
+                         k + kRun < inputs_ ? kRun * kPanelWidth : next - weights - k * kPanelWidth},
                         {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
       }
     }
@@ -200,21 +210,26 @@ class Forward {
     // The half whose h this member made itself can be multiplied before the others are ready.
     const int own = blocks.begin == 0 && blocks.end >= cut ? 0 : blocks.begin <= cut && blocks.end == blocks_ ? 1 : -1;
     const int64_t panels = panels_of(blocks, alive);
+    start_step(d, rows, alive, t);
     for (int64_t i = 0; i < panels; ++i) {
       // Back and forth, so that what is left in the cache from the last step is used first.
       const auto [begin, end] = piece(blocks, panels, step & 1 ? panels - 1 - i : i);
       const int64_t count = end - begin;
       const A* weights = hidden_weights(d, begin, count);
+      const A* next = weights;
+      if (plan_.packed && i + 1 < panels) {
+        next += (piece(blocks, panels, step & 1 ? panels - 2 - i : i + 1).begin - begin) * hidden_ * kWidth;
+      }
       for (int64_t m = 0; m < alive; m += kPanelRows) {
         const int64_t panel_rows = min_of(kPanelRows, alive - m);
         if (own < 0) wait();
         for (int turn = 0; turn < 2; ++turn) {
           const int half = own == 1 ? 1 - turn : turn;
           if (turn == 1) wait();
-          multiply(weights, h + m * row_stride_, panel_rows, count, half);
+          multiply(weights, turn == 0 ? weights : next, h + m * row_stride_, panel_rows, count, half);
         }
         for (int64_t block = 0; block < count; ++block) {
-          pointwise(d, rows.begin + m, panel_rows, step, t, begin + block, block * panel_rows * kWidth,
+          pointwise(d, rows.begin + m, panel_rows, step, t, begin + block, block * panel_rows * kWidth, step_rows_ + m,
                     gx_ + (begin + block - blocks.begin) * gx_stride_ + (chunk_row + m) * kWidth);
         }
       }
@@ -222,58 +237,75 @@ class Forward {
     wait();
   }
 
-  // half_[half] = W_hh h over the units of one half.
-  void multiply(const A* weights, const A* h, int64_t rows, int64_t blocks, int half) {
+  // half_[half] = W_hh h over the units of one half. The other half is next to be multiplied, with weights `next`.
+  void multiply(const A* weights, const A* next, const A* h, int64_t rows, int64_t blocks, int half) {
     const int64_t cut = half_cut(blocks_) * kBlock;
     const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : hidden_;
+    const int64_t ahead = next - weights + (cut - 2 * first) * kPanelWidth;
     for (int64_t k = first; k < last || k == first; k += kRun) {
       gemm<A, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
-                      {weights + k * kPanelWidth, hidden_ * kPanelWidth},
+                      {weights + k * kPanelWidth, hidden_ * kPanelWidth,
+                       k + kRun < last ? kRun * kPanelWidth : ahead - (k - first) * kPanelWidth},
                       {half_[half], rows * kWidth, kWidth, k == first ? Start::zero : Start::add});
     }
   }
 
-  // The cell over one unit block of rows [row, row + count); sums at half_[.] + panel, gx its first row.
-  void pointwise(int d, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block, int64_t panel,
-                 const T* gx_rows) {
-    const int64_t H = in_.H, unit = block * kBlock;
-    const A* h = h_[d][step & 1] + unit;
-    A* h_next = h_[d][~step & 1] + unit;
-    const T* bias = hidden_bias(d, block, 1);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t m = row + i, b = row_of(m), n = plan_.length[m];
+  // What the rows alive at a step share over all unit blocks.
+  void start_step(int d, const Range& rows, int64_t alive, int64_t t) {
+    for (int64_t i = 0; i < alive; ++i) {
+      const int64_t m = rows.begin + i, b = row_of(m), n = plan_.length[m];
       const bool last = d == 0 ? t + 1 == n : t == 0;
       const bool fresh = !last && fresh_state(in_, d, d == 0 ? t + 1 : t - 1, b, n);
-      const T *gx_row = gx_rows + i * kWidth, *sum0 = half_[0] + panel + i * kWidth,
-              *sum1 = half_[1] + panel + i * kWidth;
-      const int64_t out_at = (row_at(plan_, t, m) * in_.D + d) * H + unit, final_at = (d * in_.B + b) * H + unit;
-      T* saved_row = out_.saved ? static_cast<T*>(out_.saved) + saved_at(plan_, d, t, block, m, kSavedWidth) : nullptr;
+      step_rows_[i] = {(row_at(plan_, t, m) * in_.D + d) * in_.H, last, fresh};
+    }
+  }
+
+  // The cell over one unit block of rows [row, row + count); sums at half_[.] + panel, gx its first row. Everything that
+  // the rows have in common is read before them: stores could change it for all the compiler knows.
+  void pointwise(int d, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block, int64_t panel,
+                 const StepRow* step_rows, const T* gx_rows) {
+    const int64_t H = in_.H, unit = block * kBlock, row_stride = row_stride_;
+    const A* h = h_[d][step & 1] + row * row_stride + unit;
+    A* h_next = h_[d][~step & 1] + row * row_stride + unit;
+    const T *bias = hidden_bias(d, block, 1), *sum0 = half_[0] + panel, *sum1 = half_[1] + panel;
+    T* states[kStates];
+    for (int s = 1; s < kStates; ++s) states[s] = state_[d][s] + (block * in_.B + row) * kBlock;
+    S* const y = static_cast<S*>(out_.y) + unit;
+    T* const c_all = out_.c_all ? static_cast<T*>(out_.c_all) + unit : nullptr;
+    T* saved_row = out_.saved ? static_cast<T*>(out_.saved) + saved_at(plan_, d, t, block, row, kSavedWidth) : nullptr;
+    const int units = int(min_of(int64_t(kBlock), H - unit));
+    for (int64_t i = 0; i < count; ++i) {
+      const StepRow at = step_rows[i];
+      RNNKERN_UNROLL
       for (int j = 0; j < kBlock; j += V::kLanes) {
-        const int lanes = int(min_of(int64_t(V::kLanes), H - unit - j));
-        if (lanes <= 0) break;
+        const int lanes = max_of(0, min_of(V::kLanes, units - j));
         V gx[kGates], gh[kGates], state[kStates], next[kStates], saved[kSaved];
         RNNKERN_UNROLL
         for (int g = 0; g < kGates; ++g) {
-          const int at = g * kBlock + j;
-          gx[g] = V::load(gx_row + at);
-          gh[g] = V::load(sum0 + at) + V::load(sum1 + at) + V::load(bias + at);
+          const int64_t k = i * kWidth + g * kBlock + j;
+          gx[g] = V::load(gx_rows + k);
+          gh[g] = V::load(sum0 + k) + V::load(sum1 + k) + V::load(bias + g * kBlock + j);
         }
-        state[0] = load_lanes(h + m * row_stride_ + j, V::kLanes);
-        for (int s = 1; s < kStates; ++s) state[s] = V::load(state_[d][s] + (block * in_.B + m) * kBlock + j);
+        state[0] = load_lanes(h + i * row_stride + j, V::kLanes);
+        for (int s = 1; s < kStates; ++s) state[s] = V::load(states[s] + i * kBlock + j);
         Cell::forward(gx, gh, state, next, saved);
-        next[0] = store_lanes(static_cast<S*>(out_.y) + out_at + j, next[0], lanes);
+        next[0] = store_lanes(y + at.out + j, next[0], lanes);
         // Products in pairs may read one unit past H, where an infinite input leaves anything.
         const V h_value = kTerms<A> > 1 ? next[0].first(lanes) : next[0];
-        store_lanes(h_next + m * row_stride_ + j, fresh ? V(T(0)) : h_value, V::kLanes);
-        if (last) store_lanes(static_cast<S*>(out_.h_n) + final_at + j, next[0], lanes);
+        store_lanes(h_next + i * row_stride + j, at.fresh ? V(T(0)) : h_value, V::kLanes);
         for (int s = 1; s < kStates; ++s) {
-          (fresh ? V(T(0)) : next[s]).store(state_[d][s] + (block * in_.B + m) * kBlock + j);
-          if (last) next[s].store_n(static_cast<T*>(out_.c_n) + final_at + j, lanes);
-          if (out_.c_all) next[s].store_n(static_cast<T*>(out_.c_all) + out_at + j, lanes);
+          (at.fresh ? V(T(0)) : next[s]).store(states[s] + i * kBlock + j);
+          if (c_all) next[s].store_n(c_all + at.out + j, lanes);
+        }
+        if (at.last) {
+          const int64_t final_at = (d * in_.B + row_of(row + i)) * H + unit + j;
+          store_lanes(static_cast<S*>(out_.h_n) + final_at, next[0], lanes);
+          for (int s = 1; s < kStates; ++s) next[s].store_n(static_cast<T*>(out_.c_n) + final_at, lanes);
         }
         if (saved_row) {
-          for (int k = 0; k < kSaved; ++k) saved[k].store(saved_row + k * kBlock + j);
-          for (int s = 1; s < kStates; ++s) next[s].store(saved_row + (kSaved + s - 1) * kBlock + j);
+          T* to = saved_row + i * kSavedWidth + j;
+          for (int k = 0; k < kSaved; ++k) saved[k].store(to + k * kBlock);
+          for (int s = 1; s < kStates; ++s) next[s].store(to + (kSaved + s - 1) * kBlock);
         }
       }
     }
@@ -290,6 +322,7 @@ class Forward {
   A* x_;
   T *gx_, *half_[2];
   int64_t* first_row_;  // [chunk step] its first chunk row
+  StepRow* step_rows_;  // [row alive at the step]
   A* weights_;          // what is packed as it is used, if the plan has nothing packed; so the next
   T* bias_;
   int64_t gx_stride_ = 0;  // elements of a block of gx_

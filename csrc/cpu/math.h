@@ -48,7 +48,7 @@ RNNKERN_FN ExpParts<T> exp_parts(Vec<T> x, T factor) {
   const V magic(C::kMagic), log2e(factor * C::kLog2e);
   const V shifted = fma(x, log2e, magic);
   const V n = shifted - magic;
-  V r = fma(x, log2e, V(T(0)) - n);
+  V r = fma(x, log2e, V(-n.v));
   if constexpr (sizeof(T) == 8) r = fma(x, V(factor * C::kLog2eLow), r);
   V p(C::kCoefficients[0]);
   RNNKERN_UNROLL
@@ -62,10 +62,7 @@ RNNKERN_FN ExpParts<T> exp_parts(Vec<T> x, T factor) {
 // NaN passes through every one of these: a comparison with NaN is false and keeps x.
 template <class T>
 RNNKERN_FN Vec<T> clamp(Vec<T> x, T low, T high) {
-  using V = Vec<T>;
-  const typename V::Value lowest = V(low).v, highest = V(high).v;
-  typename V::Value y = x.v < lowest ? lowest : x.v;
-  return V(y > highest ? highest : y);
+  return smaller(Vec<T>(high), larger(Vec<T>(low), x));
 }
 template <class T>
 RNNKERN_FN Vec<T> maximum(Vec<T> a, Vec<T> b) {

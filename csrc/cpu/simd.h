@@ -106,6 +106,23 @@ RNNKERN_FN Vec<T> operator/(Vec<T> a, Vec<T> b) {
   return Vec<T>(a.v / b.v);
 }
 
+// The larger and the smaller of a and b; b where one of them is NaN. GCC 12 makes a comparison and a blend of `a > b ? a : b`.
+#if RNNKERN_ISA_avx512
+RNNKERN_FN Vec<float> larger(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_max_ps(a.v, b.v)); }
+RNNKERN_FN Vec<float> smaller(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_min_ps(a.v, b.v)); }
+#elif RNNKERN_ISA_avx2
+RNNKERN_FN Vec<float> larger(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_max_ps(a.v, b.v)); }
+RNNKERN_FN Vec<float> smaller(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_min_ps(a.v, b.v)); }
+#endif
+template <class T>
+RNNKERN_FN Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return Vec<T>(a.v > b.v ? a.v : b.v);
+}
+template <class T>
+RNNKERN_FN Vec<T> smaller(Vec<T> a, Vec<T> b) {
+  return Vec<T>(a.v < b.v ? a.v : b.v);
+}
+
 #if RNNKERN_ISA_avx512
 RNNKERN_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return Vec<float>(_mm512_fmadd_ps(a.v, b.v, c.v));
@@ -137,12 +154,27 @@ RNNKERN_FN Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 RNNKERN_FN Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return Vec<double>(_mm256_fmadd_pd(a.v, b.v, c.v));
 }
+template <>
+RNNKERN_FN Vec<float> Vec<float>::load_n(const float* p, int n) {
+  return Vec(_mm256_maskload_ps(p, (__m256i)(lane_index() < n)));
+}
+template <>
+RNNKERN_FN void Vec<float>::store_n(float* p, int n) const {
+  _mm256_maskstore_ps(p, (__m256i)(lane_index() < n), v);
+}
+template <>
+RNNKERN_FN Vec<double> Vec<double>::load_n(const double* p, int n) {
+  return Vec(_mm256_maskload_pd(p, (__m256i)(lane_index() < int64_t(n))));
+}
+template <>
+RNNKERN_FN void Vec<double>::store_n(double* p, int n) const {
+  _mm256_maskstore_pd(p, (__m256i)(lane_index() < int64_t(n)), v);
+}
 #else
 template <class T>
 RNNKERN_FN Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
   return Vec<T>(a.v * b.v + c.v);
 }
-#endif
 template <class T>
 RNNKERN_FN Vec<T> Vec<T>::load_n(const T* p, int n) {
   Value value{};
@@ -153,6 +185,7 @@ template <class T>
 RNNKERN_FN void Vec<T>::store_n(T* p, int n) const {
   memcpy(p, &v, size_t(n) * sizeof(T));
 }
+#endif
 #endif
 
 }  // namespace rnnkern::RNNKERN_ISA
