@@ -87,9 +87,6 @@ RNNKERN_FN Float16 to_storage<Float16>(float x) {
 
 // A vector of 16-bit storage, a lane to a lane of Vec<float>.
 typedef uint16_t HalfLanes __attribute__((vector_size(kVectorBytes / 2)));
-#if RNNKERN_ISA_avx512
-constexpr __mmask16 kAllLanes = 0xffff;  // GCC 12 warns of its own unmasked conversions
-#endif
 
 template <class S>
 Vec<float> widen(HalfLanes bits);
@@ -116,11 +113,14 @@ RNNKERN_FN Vec<float> widen<Float16>(HalfLanes bits) {
 #endif
 }
 
-// As to_storage rounds.
+// As to_storage rounds; subnormal numbers become zero where the instruction set converts to bfloat16 itself.
 template <class S>
 HalfLanes narrow(Vec<float> x);
 template <>
 RNNKERN_FN HalfLanes narrow<Bfloat16>(Vec<float> x) {
+#ifdef __AVX512BF16__
+  return (HalfLanes)_mm512_cvtneps_pbh(x.v);
+#else
   typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   const Bits bits = reinterpret_cast<Bits>(x.v);
   const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -129,6 +129,7 @@ RNNKERN_FN HalfLanes narrow<Bfloat16>(Vec<float> x) {
   return reinterpret_cast<HalfLanes>(_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)high));
 #else
   return __builtin_convertvector(high, HalfLanes);
+#endif
 #endif
 }
 template <>

@@ -2,8 +2,8 @@
 //
 // P is packed in blocks of 16 columns of `Gates` gates: width = 16 * Gates. With 16 registers the tiles are too low to
 // take more than one gate, and P is [block][gate][k][16]: what a tile reads lies in a row (kPanelWidth). A tile keeps
-// Rows x Blocks x Vectors accumulators in registers and streams P once per row tile; at least 8 accumulators (latency 4,
-// two per cycle), better 12 to 26, hide the multiply-add's latency.
+// Rows x Blocks x Vectors accumulators in registers and streams P once per row tile; at least 8 accumulators (latency
+// 4, two per cycle), better 12 to 26, hide the multiply-add's latency.
 //
 // C is of the compute type of A and P (operands.h). Where a multiply-add takes kTerms = 2 of k, P is
 // [block][k/2][width][2], and what follows holds for pairs.
@@ -62,6 +62,7 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
   using V = Vec<Compute<T>>;
   constexpr bool kRuns = kWalk == Walk::runs, kColumns = kWalk == Walk::columns;
   constexpr bool kFetch = kWalk == Walk::run && kRows > 3;  // fewer rows take as many cycles to load as to multiply
+  constexpr bool kFewRows = kRows < kBlocks * kVectors;
   const int64_t column = int64_t(vector) * V::kLanes;
   const int64_t row = kColumns ? 1 : A.row, inner = kColumns ? A.inner : 1, run = A.run;
   const int64_t group_stride = A.group_stride, outer_stride = A.outer_stride;
@@ -72,7 +73,7 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
   Compute<T>* c_tile = C.c + block * block_stride + m * row_stride + column;
   const Compute<T>* const bias = C.start == Start::bias ? C.bias + block * kWidth + column : nullptr;
   const bool add = C.start == Start::add;
-  int64_t ahead = P.ahead;
+  const int64_t ahead = P.ahead;
   for (; m < end; m += kRows, a_tile += kRows * row, c_tile += kRows * row_stride) {
     V sum[kRows][kBlocks][kVectors];
     RNNKERN_UNROLL
@@ -89,7 +90,12 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
         const T* a = kRuns ? a_tile + outer * outer_stride + group * group_stride : a_tile;
 #pragma GCC unroll 2
         for (int64_t k = 0; k < run; k += kTerms<T>) {
-          Factor<T> w[kBlocks][kVectors];
+          // Few rows stay in registers while the weights pass, else the other way round.
+          Factor<T> x[kRows], w[kBlocks][kVectors];
+          if constexpr (kFewRows) {
+            RNNKERN_UNROLL
+            for (int i = 0; i < kRows; ++i) x[i] = Factor<T>::all(a + i * row);
+          }
           RNNKERN_UNROLL
           for (int b = 0; b < kBlocks; ++b) {
             RNNKERN_UNROLL
@@ -97,15 +103,19 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
               const T* from = p + b * panel_stride + v * V::kLanes * kTerms<T>;
               w[b][v] = Factor<T>::load(from);
               if (kFetch && v * V::kLanes % int(64 / sizeof(Compute<T>)) == 0) __builtin_prefetch(from + ahead, 0, 2);
+              if constexpr (kFewRows) {
+                RNNKERN_UNROLL
+                for (int i = 0; i < kRows; ++i) sum[i][b][v] = fma(x[i], w[b][v], sum[i][b][v]);
+              }
             }
           }
           RNNKERN_UNROLL
-          for (int i = 0; i < kRows; ++i) {
-            const Factor<T> x = Factor<T>::all(a + i * row);
+          for (int i = 0; i < (kFewRows ? 0 : kRows); ++i) {
+            x[i] = Factor<T>::all(a + i * row);
             RNNKERN_UNROLL
             for (int b = 0; b < kBlocks; ++b) {
               RNNKERN_UNROLL
-              for (int v = 0; v < kVectors; ++v) sum[i][b][v] = fma(x, w[b][v], sum[i][b][v]);
+              for (int v = 0; v < kVectors; ++v) sum[i][b][v] = fma(x[i], w[b][v], sum[i][b][v]);
             }
           }
           a += inner * kTerms<T>;

@@ -107,11 +107,11 @@ class Plan {
 };
 
 // A few elements of each weight as they lie in memory, spread over rows and columns by the golden ratio: element
-// frac((s + 1) * ratio) * count, without a division, which would cost a short call a third of a microsecond. What a
-// 16-bit weight leaves of its word tells the instruction set, since packs of bfloat16 differ.
+// frac((s + 1) * ratio) * count, without a division, which would cost a short call a third of a microsecond. Mixed with
+// the instruction set, since packs differ by it.
 template <class Word>
 void sample_words(const LayerInputs& in, int gates, uint64_t* samples) {
-  const uint64_t mark = sizeof(Word) == 2 ? uint64_t(current_isa()) << 32 : 0;
+  const uint64_t mark = uint64_t(current_isa()) << 32;
   for (int d = 0; d < 2; ++d) {
     const LayerWeights& w = in.weights[d];
     const void* data[4] = {w.w_ih, w.w_hh, w.b_ih, w.b_hh};
@@ -126,7 +126,7 @@ void sample_words(const LayerInputs& in, int gates, uint64_t* samples) {
         const uint64_t at = uint64_t(static_cast<unsigned __int128>((s + 1) * 0x9e3779b97f4a7c15) * counts[i] >> 64);
         Word word;
         memcpy(&word, static_cast<const Word*>(data[i]) + at, sizeof(word));
-        samples[s] = word | mark;
+        samples[s] = word ^ mark;
       }
     }
   }

@@ -259,10 +259,10 @@ class Backward {
     const int64_t cut = half_cut(blocks_), first = half == 0 ? 0 : cut, last = half == 0 ? cut : blocks_;
     for (int64_t k = first; k < last || k == first; k += kRunBlocks) {
       gemm<T, 1, Walk::runs>(rows, blocks,
-                 {dgh + k * kSlots * rows_stride_, kBlock, kBlock, 1, kGates, rows_stride_,
-                  int(min_of(kRunBlocks, last - k)), kSlots * rows_stride_},
-                 {weights + k * kGates * kBlock * kBlock, panel_stride_},
-                 {half_[half], rows * kBlock, kBlock, k == first ? Start::zero : Start::add});
+                             {dgh + k * kSlots * rows_stride_, kBlock, kBlock, 1, kGates, rows_stride_,
+                              int(min_of(kRunBlocks, last - k)), kSlots * rows_stride_},
+                             {weights + k * kGates * kBlock * kBlock, panel_stride_},
+                             {half_[half], rows * kBlock, kBlock, k == first ? Start::zero : Start::add});
     }
   }
 
@@ -335,10 +335,10 @@ class Backward {
         const int64_t count = min_of(kPanelRows, rows.end - r);
         for (int64_t k = 0; k < blocks_; k += kRunBlocks) {
           gemm<T, 1, Walk::runs>(count, panel,
-                     {gates(d, chunk, k, kSplit) + r * kBlock, kBlock, kBlock, 1, kGates, rows_stride_,
-                      int(min_of(kRunBlocks, blocks_ - k)), kSlots * rows_stride_},
-                     {weights + k * kGates * kBlock * kBlock, panel_stride_},
-                     {half_[0], count * kBlock, kBlock, k == 0 ? Start::zero : Start::add});
+                                 {gates(d, chunk, k, kSplit) + r * kBlock, kBlock, kBlock, 1, kGates, rows_stride_,
+                                  int(min_of(kRunBlocks, blocks_ - k)), kSlots * rows_stride_},
+                                 {weights + k * kGates * kBlock * kBlock, panel_stride_},
+                                 {half_[0], count * kBlock, kBlock, k == 0 ? Start::zero : Start::add});
         }
         for (int64_t row = r; row < r + count; ++row) {
           while (i + 1 < steps && first_row_[i + 1] <= row) ++i;

@@ -127,8 +127,8 @@ RNNKERN_FN void wait_for_others(const LayerPlan& plan, const Share& share, int64
   }
 }
 
-// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16] (or gate by gate,
-// or as pairs along k, see gemm.h), both biases [block][G][16]. Units past H are zero.
+// Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16] (or gate by
+// gate, or as pairs along k, see gemm.h), both biases [block][G][16]. Units past H are zero.
 template <class S>
 struct Packed {
   using A = Element<S>;

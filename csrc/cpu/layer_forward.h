@@ -260,8 +260,8 @@ class Forward {
     }
   }
 
-  // The cell over one unit block of rows [row, row + count); sums at half_[.] + panel, gx its first row. Everything that
-  // the rows have in common is read before them: stores could change it for all the compiler knows.
+  // The cell over one unit block of rows [row, row + count); sums at half_[.] + panel, gx its first row. Everything
+  // that the rows have in common is read before them: stores could change it for all the compiler knows.
   void pointwise(int d, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block, int64_t panel,
                  const StepRow* step_rows, const T* gx_rows) {
     const int64_t H = in_.H, unit = block * kBlock, row_stride = row_stride_;

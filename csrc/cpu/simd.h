@@ -106,10 +106,16 @@ RNNKERN_FN Vec<T> operator/(Vec<T> a, Vec<T> b) {
   return Vec<T>(a.v / b.v);
 }
 
-// The larger and the smaller of a and b; b where one of them is NaN. GCC 12 makes a comparison and a blend of `a > b ? a : b`.
+// The larger and the smaller of a and b; b where one of them is NaN. GCC 12 makes a comparison and a blend of `a > b ?
+// a : b`.
 #if RNNKERN_ISA_avx512
-RNNKERN_FN Vec<float> larger(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_max_ps(a.v, b.v)); }
-RNNKERN_FN Vec<float> smaller(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_min_ps(a.v, b.v)); }
+constexpr __mmask16 kAllLanes = 0xffff;  // GCC 12 warns of its own unmasked functions
+RNNKERN_FN Vec<float> larger(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm512_maskz_max_ps(kAllLanes, a.v, b.v));
+}
+RNNKERN_FN Vec<float> smaller(Vec<float> a, Vec<float> b) {
+  return Vec<float>(_mm512_maskz_min_ps(kAllLanes, a.v, b.v));
+}
 #elif RNNKERN_ISA_avx2
 RNNKERN_FN Vec<float> larger(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_max_ps(a.v, b.v)); }
 RNNKERN_FN Vec<float> smaller(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_min_ps(a.v, b.v)); }
