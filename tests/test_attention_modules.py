@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.func import grad, jvp, vmap
 
 import rnnkern
 from rnnkern.functional import Additive, General, attention
@@ -50,6 +51,27 @@ def test_third_derivative() -> None:
         return g.detach()
 
     assert error(third("cpu"), third("eager")) < 1e-9 * third("eager").abs().max().item()
+
+
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("score", SCORES)
+def test_torch_func(score: str, padding: str) -> None:
+    """Gradients, per sample too, and forward-mode derivatives agree with autograd's."""
+    problem = make_problem(score, 2, 3, 4, 3, 2, padding=padding, dtype=torch.float64)
+    tensors = problem.tensors
+
+    def loss(tensors: dict[str, Tensor]) -> Tensor:
+        return problem.attend(tensors)[0].square().sum()
+
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    expected = dict(zip(leaves, torch.autograd.grad(loss(leaves), list(leaves.values()))))
+    torch.testing.assert_close(grad(loss)(tensors), expected)
+    directions = {name: torch.randn_like(t) for name, t in tensors.items()}
+    slope = sum((expected[name] * d).sum() for name, d in directions.items())
+    torch.testing.assert_close(jvp(loss, (tensors,), (directions,))[1], slope)
+    samples = torch.stack([tensors["query"], -tensors["query"]])
+    per_sample = vmap(grad(lambda query: loss(tensors | {"query": query})))(samples)
+    torch.testing.assert_close(per_sample[0], expected["query"])
 
 
 @needs_kernels

@@ -15,6 +15,7 @@ from rnnkern.cells import CELLS
 
 BACKENDS = ("cpu", "triton", "cuda", "eager")  # in order of preference
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRANSFORMED = "torch.func transforms and forward-mode derivatives are not supported by cpu kernels"
 
 
 class BackendUnavailable(RuntimeError):
@@ -43,7 +44,7 @@ def refusal(
     if dtype not in CPU_DTYPES:
         return f"{dtype} is not supported by cpu kernels"
     if transformed:
-        return "torch.func transforms and forward-mode derivatives are not supported by cpu kernels"
+        return TRANSFORMED
     if cell not in CELLS:
         return f"cell {cell!r} is not supported by cpu kernels"
     return missing
@@ -150,6 +151,11 @@ def forced() -> str | None:
     return getattr(_thread, "forced", None) if _overrides else None
 
 
+def transformed() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> str:
     """The backend of a call on x [T, B, I] and h0 [D, B, H]: what `choose` says under this thread's override.
 
@@ -160,8 +166,8 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> st
     T = x.shape[0] if x.dim() == 3 else -(-x.shape[0] // max(B, 1))
     device, dtype = x.device, x.dtype
     compiling = torch.compiler.is_compiling()
-    transformed = not compiling and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
-    if _overrides == 0 and not compiling and not transformed:
+    changed = not compiling and transformed()
+    if _overrides == 0 and not compiling and not changed:
         choice = _cached_choice(cell, device, dtype, T, B, H, projection)
     else:
         choice = choose(
@@ -172,7 +178,7 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> st
             B,
             H,
             projection=projection,
-            transformed=transformed,
+            transformed=changed,
             forced=getattr(_thread, "forced", None) if _overrides else None,
             missing=_library.reason,
         )

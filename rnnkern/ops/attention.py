@@ -175,12 +175,14 @@ class _Attention(torch.autograd.Function):
 _apply_attention: Any = _Attention.apply
 
 
-def refusal(device: str, dtype: torch.dtype) -> str:
+def refusal(device: str, dtype: torch.dtype, transformed: bool) -> str:
     """Why the CPU kernels cannot run this attention, "" if they can."""
     if device != "cpu":
         return f"the tensors are on {device}, not on the cpu"
     if dtype not in _dispatch.CPU_DTYPES:
         return f"{dtype} is not supported by cpu kernels"
+    if transformed:
+        return _dispatch.TRANSFORMED
     return _library.reason
 
 
@@ -202,10 +204,12 @@ def attend(
         RuntimeError: a length is not within 0..Tk.
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
-    if lengths is not None and not torch.compiler.is_compiling():  # the kernel checks what a traced program cannot
+    compiling = torch.compiler.is_compiling()
+    if lengths is not None and not compiling:  # the kernel checks what a traced program cannot
         _check_range(lengths, key.shape[1])
     forced = _dispatch.forced()
-    why = "forced" if forced == "eager" else refusal(query.device.type, query.dtype)
+    transformed = not compiling and _dispatch.transformed()
+    why = "forced" if forced == "eager" else refusal(query.device.type, query.dtype, transformed)
     if why and forced == "cpu":
         raise _dispatch.BackendUnavailable(f"backend 'cpu' cannot run {score} attention: {why}")
     if why:
@@ -219,7 +223,7 @@ def attend(
     )
     run = _attention_inference
     if tracing or grad:
-        run = _attention if tracing or torch.compiler.is_compiling() else _apply_attention
+        run = _attention if tracing or compiling else _apply_attention
     context, weights = run(query, key, value, vector, lengths, mask, score, scale, need_weights)
     return context, weights if need_weights else None
 
