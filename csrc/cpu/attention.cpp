@@ -26,8 +26,10 @@ constexpr bool reads_in_place(int64_t queries) {
   return queries <= (kAdditive ? 1 : 8);  // more additive queries share the keys' exponentials
 }
 
+// Queries of a block: blocks are as equal as can be, since a short last one would pack the keys for few.
 int64_t query_block(const AttentionInputs& in) {
-  return min_of(in.Tq, in.Tk < kLongRow ? kQueryBlock : kLongRowQueries);
+  const int64_t most = in.Tk < kLongRow ? kQueryBlock : kLongRowQueries;
+  return ceil_div(in.Tq, max_of(int64_t(1), ceil_div(in.Tq, most)));
 }
 
 template <class S>

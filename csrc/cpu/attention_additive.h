@@ -100,7 +100,9 @@ bool additive_scores(const Q* q, int64_t q_block, const Group<E>& keys, const T*
     RNNKERN_UNROLL
     for (int j = 0; j < kGroup; ++j) sum[j][p] = part[j];
   }
-  for (int j = 0; j < kGroup; ++j) out[j] = T(-0.5) * fold(sum[j]);
+  T scores[kGroup];
+  fold(sum, T(-0.5), scores);
+  memcpy(out, scores, sizeof(scores));
   return kKeys == Keys::direct && peak.is_large();
 }
 // Whether one of the rows [j, j + kGroup) has an element beyond kFactorLimit.

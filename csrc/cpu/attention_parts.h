@@ -22,29 +22,61 @@ constexpr T kFactorLimit = sizeof(T) == 4 ? 10 : 80;
 RNNKERN_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 RNNKERN_FN int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Lane l becomes the sum of the lanes l and l ^ kDistance of a, or of b where l has the bit kDistance.
 template <int kDistance, class T>
-RNNKERN_FN Vec<T> swap_lanes(Vec<T> x) {
-  return Vec<T>(__builtin_shuffle(x.v, Vec<T>::lane_index() ^ typename Vec<T>::Int(kDistance)));
+RNNKERN_FN Vec<T> fold_pair(Vec<T> a, Vec<T> b) {
+  using V = Vec<T>;
+  const typename V::IntValue lane = V::lane_index(), from_b = (lane & typename V::Int(kDistance)) != 0;
+  const typename V::IntValue other =
+      (lane ^ typename V::Int(kDistance)) + (from_b & typename V::Int(V::kLanes));  // b's lanes follow a's
+  return V(from_b ? b.v : a.v) + V(__builtin_shuffle(a.v, b.v, other));
 }
-template <int kDistance, class T>
-RNNKERN_FN T fold_lanes(Vec<T> x) {
+template <int kDistance, int kCount, class T>
+RNNKERN_FN Vec<T> fold_lanes(const Vec<T> (&x)[kCount]) {
   if constexpr (kDistance == 0) {
-    return x.v[0];
+    return x[0];
   } else {
-    return fold_lanes<kDistance / 2>(x + swap_lanes<kDistance>(x));
+    constexpr int kHalf = kCount > 1 ? kCount / 2 : 1;
+    Vec<T> folded[kHalf];
+    RNNKERN_UNROLL
+    for (int i = 0; i < kHalf; ++i) folded[i] = fold_pair<kDistance>(x[i], x[i + kCount / 2]);
+    return fold_lanes<kDistance / 2>(folded);
   }
 }
-// The sum of a block's 16 lanes: halves, quarters, ...
-template <class T>
-RNNKERN_FN T fold(const Vec<T> (&parts)[kParts<T>]) {
-  Vec<T> x[kParts<T>];
-  for (int p = 0; p < kParts<T>; ++p) x[p] = parts[p];
+// out[i] = scale times the sum of the 16 lanes of block i: halves, quarters, ... Blocks share vectors on the way, so that
+// no step adds lanes that nobody wants.
+template <class T, int kCount>
+RNNKERN_FN void fold(const Vec<T> (&blocks)[kCount][kParts<T>], T scale, T (&out)[kCount]) {
+  using V = Vec<T>;
+  constexpr int kTogether = kCount < V::kLanes ? kCount : V::kLanes;
+  static_assert(kCount % kTogether == 0 && V::kLanes % kTogether == 0, "whole vectors of sums");
   RNNKERN_UNROLL
-  for (int half = kParts<T> / 2; half > 0; half /= 2) {
+  for (int first = 0; first < kCount; first += kTogether) {
+    V x[kTogether];
     RNNKERN_UNROLL
-    for (int p = 0; p < half; ++p) x[p] = x[p] + x[p + half];
+    for (int i = 0; i < kTogether; ++i) {
+      V parts[kParts<T>];
+      for (int p = 0; p < kParts<T>; ++p) parts[p] = blocks[first + i][p];
+      RNNKERN_UNROLL
+      for (int half = kParts<T> / 2; half > 0; half /= 2) {
+        RNNKERN_UNROLL
+        for (int p = 0; p < half; ++p) parts[p] = parts[p] + parts[p + half];
+      }
+      x[i] = parts[0];
+    }
+    T lanes[V::kLanes];
+    (V(scale) * fold_lanes<V::kLanes / 2>(x)).store(lanes);
+    RNNKERN_UNROLL
+    for (int i = 0; i < kTogether; ++i) out[first + i] = lanes[i * (V::kLanes / kTogether)];
   }
-  return fold_lanes<Vec<T>::kLanes / 2>(x[0]);
+}
+template <class T>
+RNNKERN_FN T fold(const Vec<T> (&block)[kParts<T>]) {
+  Vec<T> blocks[1][kParts<T>];
+  for (int p = 0; p < kParts<T>; ++p) blocks[0][p] = block[p];
+  T sum[1];
+  fold(blocks, T(1), sum);
+  return sum[0];
 }
 
 // x becomes e^2x, within about 1 ulp: the reduction carries the low part of log2(e), in float too. Meaningless beyond
@@ -206,7 +238,7 @@ RNNKERN_FN void add_products(const T* a, const Group<E>& b, int64_t block, int p
 template <class T, int kRows, class E>
 void product_tile(const T* a, int64_t a_block, const Group<E>& b, T scale, T* out, int64_t out_row) {
   using V = Vec<T>;
-  V sum[kRows][kGroup][kParts<T>];
+  V sum[kRows * kGroup][kParts<T>];
   const int64_t full = b.full_blocks(), blocks = b.blocks();
   RNNKERN_UNROLL
   for (int p = 0; p < kParts<T>; ++p) {
@@ -221,12 +253,12 @@ void product_tile(const T* a, int64_t a_block, const Group<E>& b, T scale, T* ou
     RNNKERN_UNROLL
     for (int i = 0; i < kRows; ++i) {
       RNNKERN_UNROLL
-      for (int j = 0; j < kGroup; ++j) sum[i][j][p] = part[i][j];
+      for (int j = 0; j < kGroup; ++j) sum[i * kGroup + j][p] = part[i][j];
     }
   }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kGroup; ++j) out[i * out_row + j] = scale * fold(sum[i][j]);
-  }
+  T products[kRows * kGroup];
+  fold(sum, scale, products);
+  for (int i = 0; i < kRows; ++i) memcpy(out + i * out_row, products + i * kGroup, kGroup * sizeof(T));
 }
 template <class S, class E>
 void products(const Operand<S>& a, const Group<E>& b, Compute<S> scale, Compute<S>* out, int64_t out_row) {

@@ -81,11 +81,12 @@ struct Vec {
   // Lanes from n on become zero, whatever they hold.
   RNNKERN_FN Vec first(int n) const { return Vec(lane_index() < (Int(n) - IntValue{}) ? v : Value{}); }
 
+  // Written out, since the compiler would read a table at run time, and derive masks from it.
   RNNKERN_FN static IntValue lane_index() {
-    static constexpr Int kIndex[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    IntValue index;
-    memcpy(&index, kIndex, sizeof(index));
-    return index;
+    if constexpr (kLanes == 16) return IntValue{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    if constexpr (kLanes == 8) return IntValue{0, 1, 2, 3, 4, 5, 6, 7};
+    if constexpr (kLanes == 4) return IntValue{0, 1, 2, 3};
+    if constexpr (kLanes == 2) return IntValue{0, 1};
   }
 };
 
