@@ -196,18 +196,19 @@ void additive_gradient(const Operand<S>& queries, bool large, Group<S> keys, int
   }
   (V::load(dvector + column) + dv).store(dvector + column);
 }
+// Of the keys [begin, n): those of the keys before `end` go to the target, which begins with the first.
 template <class S, class E>
-void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, int64_t n, const Compute<S>* ds,
-                       int64_t ds_row, const Compute<S>* vector, Compute<S>* dquery, Target<E> dkey,
-                       Compute<S>* dvector) {
-  for (int64_t j = 0; j < n; j += kGroup) {
+void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, int64_t begin, int64_t end, int64_t n,
+                       const Compute<S>* ds, int64_t ds_row, const Compute<S>* vector, Compute<S>* dquery,
+                       Target<E> dkey, Compute<S>* dvector) {
+  for (int64_t j = begin; j < n; j += kGroup) {
     const Group<S> group = keys.group(j, n);
     const bool large = any_large(keys.large, j);
     E* rows[kGroup];
-    for (int g = 0; g < kGroup; ++g) rows[g] = dkey.row(min_of(j + g, n - 1));
+    for (int g = 0; g < kGroup; ++g) rows[g] = dkey.row(min_of(j + g, end - 1) - begin);
     for (int64_t block = 0; block < keys.blocks; ++block) {
       for (int p = 0; p < kParts<Compute<S>>; ++p) {
-        additive_gradient(queries, large, group, block, p, ds + j, ds_row, vector, dquery, rows, n - j, dkey, dvector);
+        additive_gradient(queries, large, group, block, p, ds + j, ds_row, vector, dquery, rows, end - j, dkey, dvector);
       }
     }
   }

@@ -191,6 +191,23 @@ void start(Operand<S>& operand, const S* base, int64_t stride, const int64_t* in
   operand.index = index;
   operand.first = -1;
 }
+// Blocks of columns.
+struct Columns {
+  int64_t begin, end;
+  // How many of so many columns they have.
+  int64_t of(int64_t columns) const {
+    return max_of(int64_t(0), min_of(columns, end * kBlock) - begin * kBlock);
+  }
+};
+// Some columns of an operand and of what its panel holds.
+template <class S>
+Operand<S> slice(Operand<S> operand, const Columns& columns) {
+  operand.columns = columns.of(operand.columns);
+  operand.blocks = columns.end - columns.begin;
+  operand.panel += columns.begin * operand.block_stride();
+  operand.base += columns.begin * kBlock;
+  return operand;
+}
 // Packs the rows [first, first + rows) unless they are already there.
 template <bool kExponentials, class S>
 void load(Operand<S>& operand, int64_t first, int64_t rows) {
@@ -313,16 +330,16 @@ void sum_rows(const Compute<S>* left, int64_t left_row, int64_t queries, const O
   }
 }
 
-// Rows of a tensor to write, or to add to: row j is base + index[j] * columns. Passed by value: a store might change
+// Rows of a tensor to write, or to add to: row j is base + index[j] * stride. Passed by value: a store might change
 // what a reference names, as far as the compiler knows, and it would load all of it again.
 template <class E>
 struct Target {
   E* base;
-  int64_t columns;
-  const int64_t* index;  // null: the identity
-  bool add;
+  int64_t columns, stride;
+  const int64_t* index = nullptr;  // null: the identity
+  bool add = false;
 
-  E* row(int64_t j) const { return base + (index ? index[j] : j) * columns; }
+  E* row(int64_t j) const { return base + (index ? index[j] : j) * stride; }
   // One part of a block of a row.
   RNNKERN_FN void put(E* row, int64_t block, int part, Vec<Compute<E>> x) const {
     using V = Vec<Compute<E>>;
@@ -333,6 +350,12 @@ struct Target {
     store_lanes(row + column, x, lanes);
   }
 };
+template <class E>
+Target<E> slice(Target<E> target, const Columns& columns) {
+  target.columns = columns.of(target.columns);
+  target.base += columns.begin * kBlock;
+  return target;
+}
 // The rows of a panel to the rows from `first` on, times an optional factor per column.
 template <class E>
 void put_panel(const Compute<E>* panel, int64_t panel_block, int64_t rows, const Compute<E>* factor, Target<E> target,
@@ -392,8 +415,8 @@ void softmax(T* s, int64_t n) {
       sum[p] = sum[p] + e;
     }
   }
-  const V total(fold(sum));
-  for (int64_t j = 0; j < padded; j += V::kLanes) (V::load(s + j) / total).store(s + j);
+  const V inverse = V(T(1)) / V(fold(sum));
+  for (int64_t j = 0; j < padded; j += V::kLanes) (V::load(s + j) * inverse).store(s + j);
 }
 
 // ds = p * (dp - sum p dp) * scale, in place of dp; the padding becomes zero. p as softmax leaves it.
