@@ -79,9 +79,12 @@ def _both_modes() -> Iterator[Row]:
     for cell in ("rnn_tanh", "gru", "lstm"):
         for B in (1, 64, 256):
             yield Case(cell, 1, B, 256, 256, single_step=True)
-    for score in ("additive", "dot"):
+    for score in ("additive", "dot", "general"):
         for Tq in (1, 50):
             yield AttentionCase(score, 32, Tq, 50, 512)
+    for B, Tq, Tk, D in ((32, 50, 50, 64), (8, 200, 500, 64)):
+        for need_weights in (False, True):
+            yield AttentionCase("scaled_dot", B, Tq, Tk, D, need_weights=need_weights)
 
 
 def row_builders(row: Row) -> dict[str, Build]:

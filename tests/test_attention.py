@@ -91,6 +91,16 @@ def test_more_keys_than_a_tile(score: str, backend: str) -> None:
     assert_as_accurate(problem.run(backend), problem.run("plain", torch.float64), problem.run("plain"), torch.float32)
 
 
+@needs_kernels
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_more_keys_than_are_summed_at_a_time(score: str) -> None:
+    """In 16 bits, with several blocks of queries."""
+    problem = make_problem(score, 1, 70, 1100, 18, 20, padding="mask", dtype=torch.bfloat16)
+    problem.padding["key_padding_mask"][:] = torch.arange(1100) == 5
+    assert_as_accurate(problem.run("cpu"), problem.run("plain", torch.float64), problem.run("plain"), torch.bfloat16)
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=names)
 @pytest.mark.parametrize("size", [9.9, 10.1, 30, 100])
@@ -186,10 +196,10 @@ def test_no_keys(score: str, backend: str) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize(("B", "Tq", "Tk"), [(1, 41, 120), (3, 41, 120), (1, 1, 8000), (1, 70, 130)])
 @pytest.mark.parametrize("score", SCORES)
-def test_threads_change_no_bit(score: str, B: int, isa: str) -> None:
-    problem = make_problem(score, B, 41, 120, 64, 40, padding="mask" if B > 1 else "none")
+def test_threads_change_no_bit(score: str, B: int, Tq: int, Tk: int, isa: str) -> None:
+    problem = make_problem(score, B, Tq, Tk, 64, 40, padding="mask" if B > 1 else "none")
     results = []
     for count in (1, 2, 3):
         with threads(count):
@@ -236,31 +246,32 @@ import torch
 import rnnkern
 from rnnkern.functional import Additive, attention
 torch.set_num_threads(2)
-def run(score, B, Tq, Tk, A):
-    q, k, v = (torch.randn(B, T, A, requires_grad=True) for T in (Tq, Tk, Tk))
-    kind = Additive(torch.randn(A, requires_grad=True)) if score == "additive" else score
+def run(score, dtype, B, Tq, Tk, A):
+    options = dict(dtype=getattr(torch, dtype), requires_grad=True)
+    q, k, v = (torch.randn(B, T, A, **options) for T in (Tq, Tk, Tk))
+    kind = Additive(torch.randn(A, **options)) if score == "additive" else score
     context, _ = attention(q, k, v, score=kind)
-    context.backward(torch.ones(B, Tq, A))
-    return sum(2 * t.numel() for t in (q, k, v, context)) * 4 / 2**20
+    context.backward(torch.ones_like(context))
+    return sum(2 * t.numel() for t in (q, k, v, context)) * q.element_size() / 2**20
 def status(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
-backend, score, *sizes = sys.argv[1:]
+backend, score, dtype, *sizes = sys.argv[1:]
 with rnnkern.backend(backend):
-    run(score, 1, 4, 4, 8)
+    run(score, dtype, 1, 4, 4, 8)
     ctypes.CDLL(None).malloc_trim(0)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts here, not at what the parent had
     except OSError:
         sys.exit()
     before = status("VmRSS")
-    tensors = run(score, *map(int, sizes))
+    tensors = run(score, dtype, *map(int, sizes))
     print(status("VmHWM") - before - tensors)
 """
 
 
-def peak_mib(backend: str, score: str, *sizes: int) -> float:
+def peak_mib(backend: str, score: str, *sizes: int, dtype: str = "float32") -> float:
     """MiB beyond inputs, output and their gradients, of forward and backward at B, Tq, Tk, A on two threads."""
-    command = [sys.executable, "-c", PEAK, backend, score, *map(str, sizes)]
+    command = [sys.executable, "-c", PEAK, backend, score, dtype, *map(str, sizes)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if not done.stdout:
@@ -271,17 +282,23 @@ def peak_mib(backend: str, score: str, *sizes: int) -> float:
 @needs_kernels
 @pytest.mark.parametrize("score", ["dot", "additive"])
 @pytest.mark.parametrize(
-    ("B", "Tq", "Tk", "A"),
+    ("dtype", "B", "Tq", "Tk", "A"),
     [
-        (4, 200, 200, 512),  # B Tq Tk A floats: 313 MiB; scratch per thread: 1.7 MiB
-        (2, 64, 4000, 512),  # a panel of all keys and values: 16 MiB per thread; scratch: 4.3 MiB
-        (2, 1, 8000, 512),  # the same: 31 MiB; scratch: 0.2 MiB
+        ("float32", 4, 200, 200, 512),  # B Tq Tk A floats: 313 MiB; scratch per thread: 1.5 MiB
+        ("float32", 2, 64, 4000, 512),  # a panel of all keys and values: 16 MiB per thread; scratch: 3.9 MiB
+        ("float32", 2, 1, 8000, 512),  # the same: 31 MiB; scratch: 0.2 MiB
+        ("float32", 1, 64, 4000, 512),  # shared by the threads
+        ("float32", 8000, 1, 2, 512),  # a sum of dL/dvector for each row of the batch: 16 MiB; scratch: 0.1 MiB
+        ("bfloat16", 2, 128, 4000, 1024),  # gradients of keys and values in float: 31 MiB per thread; scratch: 12 MiB
     ],
 )
-def test_peak_memory(score: str, B: int, Tq: int, Tk: int, A: int) -> None:
+def test_peak_memory(score: str, dtype: str, B: int, Tq: int, Tk: int, A: int) -> None:
     """Two threads' scratch, and 4 MiB for what the process itself takes."""
-    scratch = 2 * min(Tq, 64) * Tk + (5 * min(256, Tk) if Tq > 8 else 0) * A + 5 * min(Tq, 64) * A  # floats
-    assert peak_mib("cpu", score, B, Tq, Tk, A) < 2 * scratch * 4 / 2**20 + 4
+    queries, tile = min(Tq, 64), min(256, Tk) if Tq > 8 else 0
+    scratch = 2 * queries * Tk + 4 * tile * A + 5 * queries * A + 40 * A  # floats
+    if dtype == "bfloat16":
+        scratch += 2 * 1024 * A
+    assert peak_mib("cpu", score, B, Tq, Tk, A, dtype=dtype) < 2 * scratch * 4 / 2**20 + 4
 
 
 def test_peak_memory_is_seen() -> None:

@@ -100,12 +100,12 @@ def test_missing_runtimes_are_left_out(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("score", ["additive", "dot"])
+@pytest.mark.parametrize("score", ["additive", "dot", "scaled_dot", "general"])
 def test_peers_of_attention_agree(score: str, training: bool) -> None:
-    case = AttentionCase(score, 2, 3, 4, 16, training=training)
+    case = AttentionCase(score, 2, 3, 4, 16, training=training, need_weights=training)
     with torch.set_grad_enabled(training):
         functions = rows.row_runners(case)
-        assert set(functions) - {COMPILED} == {OURS, EAGER} | ({SDPA} if score == "dot" else set())
+        assert set(functions) - {COMPILED} == {OURS, EAGER} | ({SDPA} if score != "additive" else set())
         rows.check_row(case, functions)
 
 
