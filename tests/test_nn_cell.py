@@ -104,6 +104,19 @@ def test_empty_batch_and_meta(kind: str) -> None:
     assert all(leaf.shape == (B, H) for leaf in tree_leaves(meta(torch.ones(B, I, device="meta"))))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_hidden_size_of_zero(kind: str, rows: int) -> None:
+    ours, peer = getattr(rnnkern.nn, kind)(I, 0), getattr(torch.nn, kind)(I, 0)
+    results = [tree_leaves(module(torch.ones(rows, I))) for module in (ours, peer)]
+    for a, b in zip(*results, strict=True):
+        assert a.shape == b.shape == (rows, 0)
+        a.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        assert tree_leaves(ours.eval()(torch.ones(rows, I)))[0].shape == (rows, 0)
+
+
 @pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_compiled_without_a_graph_break(kind: str) -> None:
     module, _ = pair(kind)

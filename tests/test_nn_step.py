@@ -172,6 +172,7 @@ REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "out is state": (lambda x, h, o: (x, h, h[0]), RuntimeError, "out cannot .* shares memory with hx"),
     "out shape": (lambda x, h, o: (x, h, o[1:]), RuntimeError, r"out must have shape \[3, 17\], got \[2, 17\]"),
     "out dtype": (lambda x, h, o: (x, h, o.double()), RuntimeError, "out must have the dtype of the result"),
+    "out on another device": (lambda x, h, o: (x, h, o.to("meta")), RuntimeError, "out must be on the device of the"),
     "out with grad": (lambda x, h, o: (x, h, o.requires_grad_()), RuntimeError, "out requires grad"),
 }
 
@@ -190,6 +191,23 @@ def test_what_cannot_be_written_is_refused(name: str, warm: bool) -> None:
         with pytest.raises(exception, match=message):
             module.step(*arguments[:2], out=arguments[2], inplace=True)
         assert all(torch.equal(a, b) for a, b in zip(arguments[:2], before) if a is not None)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["ordinary route", "short call"])
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
+def test_a_weight_is_not_written_over(kind: str, warm: bool) -> None:
+    module, x = make(kind), torch.randn(B, I)
+    weight = module.weight_hh if kind == "GRUCell" else module.weight_hh_l0
+    before, part = weight.detach().clone(), weight.detach()[1 : 1 + B]
+    with torch.no_grad():
+        for _ in range(3 if warm else 0):
+            module.step(x)
+        with pytest.raises(RuntimeError, match=r"(hx|out) cannot be written in place: it shares memory with weight_hh"):
+            if kind == "GRU":
+                module.step(x, out=part)
+            else:
+                module.step(x, part, inplace=True)
+    assert torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTMCell"])

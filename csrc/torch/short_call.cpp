@@ -21,7 +21,7 @@ namespace {
 // What a weight was when it was packed.
 struct Weight {
   Reference name;  // in the module's _parameters
-  const char* data;
+  const char *data, *end;
   Sizes sizes;
   long long version;
 };
@@ -78,6 +78,13 @@ class Operands {
       }
     }
     return true;
+  }
+  // Whether one that is written shares memory with what lies there.
+  bool write_into(const char* begin, const char* end) const {
+    for (int i = 0; i < count_; ++i) {
+      if (items_[i].written && items_[i].begin < end && begin < items_[i].end) return true;
+    }
+    return false;
   }
 
  private:
@@ -148,6 +155,9 @@ PyObject* ShortCall::run(Form form, PyObject* parameters, PyObject* input, PyObj
     operands.add(y, true);
   }
   if (!operands.apart()) Py_RETURN_NONE;
+  for (const Weight& weight : weights) {
+    if (operands.write_into(weight.data, weight.end)) Py_RETURN_NONE;
+  }
 
   Reference output = share(out), results[2];
   if (out == Py_None && form != Form::cell) {
@@ -274,7 +284,7 @@ PyObject* make_short_call(PyTypeObject* type, PyObject* args) {
       data[i] = view.data;
       Sizes sizes;
       for (int dim = 0; dim < view.ndim; ++dim) sizes.add(view.sizes[dim]);
-      call->weights.push_back({share(name), view.data, sizes, version});
+      call->weights.push_back({share(name), view.data, view.end(dtype_size(stack.dtype)), sizes, version});
     }
     StackLayer layer{I, {data[0], data[1], data[2], data[3]}, nullptr};
     LayerInputs in{};

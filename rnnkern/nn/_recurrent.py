@@ -123,7 +123,7 @@ class _Recurrent(torch.nn.RNNBase):
         time = 1 if self.batch_first and rank == 2 else 0
         y, state = self.forward(input.unsqueeze(time), hx)
         y = y.squeeze(time)
-        write_step(input, hx, state, inplace, y, out)
+        write_step(self, input, hx, state, inplace, y, out)
         return y if out is None else out, hx if inplace else state
 
     def _layer_weights(self, layer: int) -> tuple[Weights, tuple[Tensor | None, ...]]:

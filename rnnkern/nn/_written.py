@@ -15,9 +15,15 @@ def named_state(hx: Any) -> dict[str, Tensor]:
 
 
 def write_step(
-    input: Tensor, hx: Any, state: Any, inplace: bool, y: Tensor | None = None, out: Tensor | None = None
+    module: torch.nn.Module,
+    input: Tensor,
+    hx: Any,
+    state: Any,
+    inplace: bool,
+    y: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> None:
-    """Writes what a step was asked to: the new state into hx, y into `out`; nothing unless all can be written.
+    """Writes what a module's step was asked to: the new state into hx, y into `out`; nothing unless all can be written.
 
     Raises:
         ValueError: there is no state to write.
@@ -36,7 +42,7 @@ def write_step(
         written |= named_state(hx)
         values += [state] if isinstance(state, Tensor) else state
     if written:
-        write(written, {"input": input} | named_state(hx), values)
+        write(written, {"input": input} | named_state(hx) | dict(module.named_parameters()), values)
 
 
 def write(
@@ -57,6 +63,8 @@ def write(
     for (name, tensor), value in zip(written.items(), values, strict=True):
         if tensor.requires_grad:
             raise RuntimeError(f"{name} requires grad and cannot be written in place")
+        if tensor.device != value.device:
+            raise RuntimeError(f"{name} must be on the device of the result, {value.device}, got {tensor.device}")
         if tensor.dtype != value.dtype:
             raise RuntimeError(f"{name} must have the dtype of the result. Expected {value.dtype}, got {tensor.dtype}")
         if not tensor.is_contiguous():
@@ -73,7 +81,8 @@ def write(
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    if torch.compiler.is_compiling() or type(a) is not Tensor or type(b) is not Tensor or not a.is_cpu or not b.is_cpu:
+    plain = (Tensor, torch.nn.Parameter)
+    if torch.compiler.is_compiling() or type(a) not in plain or type(b) not in plain or not a.is_cpu or not b.is_cpu:
         return False  # no addresses to look at
     (a_begin, a_end), (b_begin, b_end) = _span(a), _span(b)
     return a_begin < b_end and b_begin < a_end

@@ -80,6 +80,8 @@ def choose(
     Raises:
         BackendUnavailable: `forced` cannot run this.
     """
+    if H == 0:
+        missing = missing or "a hidden size of zero is not supported by cpu kernels"
     if forced is not None:
         why = refusal(forced, cell, device, dtype, projection, missing, transformed)
         if why:

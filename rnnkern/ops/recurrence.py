@@ -368,6 +368,7 @@ def step(
         not torch.compiler.is_compiling()
         and torch.is_grad_enabled()
         and any([t is not None and t.requires_grad for t in (x, h, c, *used)])
+        and h.shape[1] > 0
         and plain_training(cell, x)
     ):
         if packs is not None:
