@@ -147,43 +147,60 @@ struct Packed {
   }
 };
 
-// Lanes for the stages of a transposition: at stage m, rows i and i + m trade their blocks of m x m across the
-// diagonal.
-template <class T>
-struct TransposeLanes {
-  static constexpr int L = Vec<T>::kLanes;
-  typename Vec<T>::Int low[5][L] = {}, high[5][L] = {};  // of the pair (a, b); b's lanes are numbered from L on
-  constexpr TransposeLanes() {
-    for (int stage = 0, m = 1; m < L; ++stage, m *= 2) {
-      for (int i = 0; i < L; ++i) {
-        low[stage][i] = i & m ? L + i - m : i;
-        high[stage][i] = i & m ? L + i : i + m;
-      }
-    }
-  }
-};
-
-// kLanes vectors of kLanes elements, in place.
-template <class T>
-RNNKERN_FN void transpose(Vec<T> (&rows)[Vec<T>::kLanes]) {
+// Squares of kCount x kCount elements, side by side in as many vectors, in place and in stages: rows i and i + m trade
+// their blocks of m x m across the diagonal. The lanes are constants to the compiler, which may know instructions for
+// them.
+template <int m = 1, class T, int kCount>
+RNNKERN_FN void transpose(Vec<T> (&rows)[kCount]) {
   using V = Vec<T>;
-  static constexpr TransposeLanes<T> kTable{};
-  constexpr int kStages = __builtin_ctz(V::kLanes);
-  RNNKERN_UNROLL
-  for (int stage = 0; stage < kStages; ++stage) {
-    const int m = 1 << stage;
-    typename V::IntValue low, high;
-    memcpy(&low, kTable.low[stage], sizeof(low));
-    memcpy(&high, kTable.high[stage], sizeof(high));
+  using Int = typename V::Int;
+  if constexpr (m < kCount) {
+    const typename V::IntValue lane = V::lane_index(), second = (lane & Int(m)) != 0;
+    // The lanes of the second operand follow those of the first.
+    const typename V::IntValue low = lane + (second & Int(V::kLanes - m)), high = low + m;
     RNNKERN_UNROLL
-    for (int i = 0; i < V::kLanes; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       if (i & m) continue;
       const typename V::Value a = rows[i].v, b = rows[i + m].v;
       rows[i].v = __builtin_shuffle(a, b, low);
       rows[i + m].v = __builtin_shuffle(a, b, high);
     }
+    transpose<2 * m>(rows);
   }
 }
+
+// kLanes rows of what makes kLanes words, K apart, to as many columns, `width` apart.
+template <class S>
+RNNKERN_FN void pack_tile(const S* row, int64_t K, Element<S>* column, int64_t width) {
+  constexpr int L = Vec<Compute<S>>::kLanes, kPer = kTerms<Element<S>>;
+  Vec<Compute<S>> rows[L];
+  RNNKERN_UNROLL
+  for (int i = 0; i < L; ++i) rows[i] = load_for_packing(row + i * K, L * kPer);
+  transpose(rows);
+  RNNKERN_UNROLL
+  for (int i = 0; i < L; ++i) store_packed<S>(column + i * kPer * width, rows[i]);
+}
+#if RNNKERN_ISA_avx512
+// Half of the shuffles are saved by loading four rows into one vector, 128 bits of each.
+template <>
+RNNKERN_FN void pack_tile<float>(const float* row, int64_t K, float* column, int64_t width) {
+  RNNKERN_UNROLL
+  for (int k = 0; k < 16; k += 4) {
+    Vec<float> x[4];  // x[i]: of the rows i, i + 4, i + 8, i + 12
+    RNNKERN_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float* from = row + i * K + k;
+      __m512 quads = _mm512_castps128_ps512(_mm_loadu_ps(from));
+      quads = _mm512_mask_broadcast_f32x4(quads, 0xf0, _mm_loadu_ps(from + 4 * K));
+      quads = _mm512_mask_broadcast_f32x4(quads, 0xf00, _mm_loadu_ps(from + 8 * K));
+      x[i] = Vec<float>(_mm512_mask_broadcast_f32x4(quads, 0xf000, _mm_loadu_ps(from + 12 * K)));
+    }
+    transpose(x);
+    RNNKERN_UNROLL
+    for (int i = 0; i < 4; ++i) x[i].store(column + (k + i) * width);
+  }
+}
+#endif
 
 // from: S [G*H, K] -> to: [block][K][G][16], or gate by gate, or pairs along K, for one block.
 template <class S>
@@ -198,14 +215,10 @@ void pack_block(const S* from, Element<S>* to, int gates, int64_t H, int64_t K, 
       for (int64_t k = 0; k < K; k += L * kPer) {  // innermost: as many streams as lanes, each read in order
         const int count = int(min_of(int64_t(L * kPer), K - k));
         Element<S>* column = to + k * width + (g * gate + j) * kPer;
-        V rows[L];
         if (count == L * kPer && j + L <= units) {
-          RNNKERN_UNROLL
-          for (int i = 0; i < L; ++i) rows[i] = load_for_packing(row + i * K + k, L * kPer);
-          transpose(rows);
-          RNNKERN_UNROLL
-          for (int i = 0; i < L; ++i) store_packed<S>(column + i * kPer * width, rows[i]);
+          pack_tile(row + k, K, column, width);
         } else {
+          V rows[L];
           for (int i = 0; i < L; ++i) rows[i] = j + i < units ? load_for_packing(row + i * K + k, count) : V(0);
           transpose(rows);
           for (int i = 0; i * kPer < count; ++i) store_packed<S>(column + i * kPer * width, rows[i]);
