@@ -9,9 +9,9 @@
 // block: scores by keys, the softmax by queries, sums by columns. No sum is cut, so the bits are the same.
 //
 // Scratch, per thread: a block's scores (two of them in backward), at most 64 Tk elements each; panels for a block of
-// queries and a tile of keys, at most (128 + 256) (D + Dv) elements; a few words per key. In all: 65 sums of dL/dvector.
-// Gradients of bfloat16 and float16 rows with several query blocks are summed in float, kSumRows keys at a time, and
-// scores are computed anew for each such chunk.
+// queries and a tile of keys, at most (128 + 256) (D + Dv) elements; a few words per key. In all: 65 sums of
+// dL/dvector. Gradients of bfloat16 and float16 rows with several query blocks are summed in float, kSumRows keys at a
+// time, and scores are computed anew for each such chunk.
 #include "cpu/attention.h"
 
 #include "cpu/attention_additive.h"
@@ -52,10 +52,10 @@ Operand<S> take_operand(Arena& arena, int64_t columns, int64_t rows, int64_t fla
 // What one member of the team that shares a batch row has for itself.
 template <class S>
 struct Part {
-  Columns key, value;        // whose gradients it sums
-  Operand<S> exponentials;   // a tile of keys; additive score only
-  Operand<S> right;          // a tile of what multiplies scores: of values, or in backward of its columns of keys
-  Compute<S>* sums;          // a tile's part of a sum
+  Columns key, value;       // whose gradients it sums
+  Operand<S> exponentials;  // a tile of keys; additive score only
+  Operand<S> right;         // a tile of what multiplies scores: of values, or in backward of its columns of keys
+  Compute<S>* sums;         // a tile's part of a sum
 };
 
 template <class S>
@@ -222,7 +222,12 @@ void forward(const AttentionInputs& in, const AttentionOutputs& out, const Paral
       multiply(x.scores, count, reads_in_place<kAdditive>(count), n, x, x.parts[0], x.context);
       put_panel<S>(x.context, x.query.block_stride(), count, nullptr, Target<S>{context, in.Dv, in.Dv}, 0);
       for (int64_t i = 0; weights && i < count; ++i) {
-        for (int64_t j = 0; j < n; ++j) weights[i * in.Tk + x.valid[j]] = to_storage<S>(x.scores[i * x.row + j]);
+        const Compute<S>* row = x.scores + i * x.row;
+        if (x.valid[n - 1] == n - 1) {  // all that is padding comes last
+          convert_row(row, weights + i * in.Tk, n);
+        } else {
+          for (int64_t j = 0; j < n; ++j) weights[i * in.Tk + x.valid[j]] = to_storage<S>(row[j]);
+        }
       }
     }
   });
@@ -364,7 +369,8 @@ void backward(const AttentionInputs& in, const AttentionGradients& grad, const P
   using T = Compute<S>;
   const int64_t block = query_block(in), padded = round_up(in.D, kBlock), groups = min_of(in.B, kVectorSums);
   // The parts of dL/dvector, of groups of batch rows, summed in order at the end.
-  T* dvectors = kAdditive ? static_cast<T*>(workspace(kPackedSlot, size_t((groups + 1) * padded) * sizeof(T))) : nullptr;
+  T* dvectors =
+      kAdditive ? static_cast<T*>(workspace(kPackedSlot, size_t((groups + 1) * padded) * sizeof(T))) : nullptr;
   if (kAdditive) zero_rows(dvectors, (groups + 1) * padded);
   const bool share_rows = in.B < parallel.threads;
   const ParallelFor by_groups{parallel.run, share_rows ? 1 : parallel.threads},

@@ -208,7 +208,8 @@ void additive_gradient(const Operand<S>& queries, const Operand<S>& keys, int64_
     for (int g = 0; g < kGroup; ++g) rows[g] = dkey.row(min_of(j + g, end - 1) - begin);
     for (int64_t block = 0; block < keys.blocks; ++block) {
       for (int p = 0; p < kParts<Compute<S>>; ++p) {
-        additive_gradient(queries, large, group, block, p, ds + j, ds_row, vector, dquery, rows, end - j, dkey, dvector);
+        additive_gradient(queries, large, group, block, p, ds + j, ds_row, vector, dquery, rows, end - j, dkey,
+                          dvector);
       }
     }
   }

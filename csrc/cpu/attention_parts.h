@@ -43,8 +43,8 @@ RNNKERN_FN Vec<T> fold_lanes(const Vec<T> (&x)[kCount]) {
     return fold_lanes<kDistance / 2>(folded);
   }
 }
-// out[i] = scale times the sum of the 16 lanes of block i: halves, quarters, ... Blocks share vectors on the way, so that
-// no step adds lanes that nobody wants.
+// out[i] = scale times the sum of the 16 lanes of block i: halves, quarters, ... Blocks share vectors on the way, so
+// that no step adds lanes that nobody wants.
 template <class T, int kCount>
 RNNKERN_FN void fold(const Vec<T> (&blocks)[kCount][kParts<T>], T scale, T (&out)[kCount]) {
   using V = Vec<T>;
@@ -195,9 +195,7 @@ void start(Operand<S>& operand, const S* base, int64_t stride, const int64_t* in
 struct Columns {
   int64_t begin, end;
   // How many of so many columns they have.
-  int64_t of(int64_t columns) const {
-    return max_of(int64_t(0), min_of(columns, end * kBlock) - begin * kBlock);
-  }
+  int64_t of(int64_t columns) const { return max_of(int64_t(0), min_of(columns, end * kBlock) - begin * kBlock); }
 };
 // Some columns of an operand and of what its panel holds.
 template <class S>
