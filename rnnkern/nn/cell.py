@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
 from rnnkern.cells import CELLS
@@ -12,6 +13,7 @@ from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.recurrence import step
 
+_RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
@@ -60,12 +62,13 @@ class _Cell(torch.nn.RNNCellBase):
 
     def _short(self, input: Any, hx: Any, inplace: bool = False) -> Any:
         """The result of a short call without gradients; None if it is another, for which the ordinary route is."""
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return None
         packs = self._packs
-        if packs.short is None or self.training or packs.cell != self._cell:
+        short = packs.short
+        if short is None or self.training or packs.cell != self._cell:
             return None
-        return packs.short.cell(self._parameters, input, hx, inplace)
+        return short.cell(self._parameters, input, hx, inplace)
 
     def step(self, input: Tensor, hx: Any = None, *, inplace: bool = False) -> Any:
         """Runs one step as the call does, and returns the new state; on request into the tensors of the old one.
@@ -152,8 +155,12 @@ class _Cell(torch.nn.RNNCellBase):
         if hidden.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"hidden{index} must have the dtype of input. Expected {x.dtype}, got {hidden.dtype}")
 
-    def _one_state(self, input: Tensor, hx: Tensor | None) -> Tensor:
-        """The forward of a cell whose only state is h."""
+
+class _OneStateCell(_Cell):
+    """A cell whose only state is h."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Runs one step; see the class."""
         result: Tensor | None = self._short(input, hx)
         if result is not None:
             return result
@@ -167,7 +174,7 @@ class _Cell(torch.nn.RNNCellBase):
         return self._step(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), None)[0].squeeze(0)
 
 
-class RNNCell(_Cell):
+class RNNCell(_OneStateCell):
     """One step of an Elman network, `h' = tanh(W_ih x + b_ih + W_hh h + b_hh)`, in the place of torch.nn.RNNCell.
 
     The constructor, parameters, initial values, inputs and output are those of `torch.nn.RNNCell`: input `[B, I]` or
@@ -203,13 +210,10 @@ class RNNCell(_Cell):
     @property
     def _cell(self) -> str:  # type: ignore[override]
         """As the nonlinearity says now: torch reads it at every call."""
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return f"rnn_{self.nonlinearity}"
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Runs one step; see the class."""
-        return self._one_state(input, hx)
+        try:
+            return _RNN_CELLS[self.nonlinearity]
+        except KeyError:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}") from None
 
 
 class LSTMCell(_Cell):
@@ -265,7 +269,7 @@ class LSTMCell(_Cell):
         return h.squeeze(0), c.squeeze(0)
 
 
-class GRUCell(_Cell):
+class GRUCell(_OneStateCell):
     """One step of the gated recurrent unit, in the place of torch.nn.GRUCell; `rnnkern.nn.GRU` has the formula.
 
     The constructor, parameters, initial values, inputs and output are those of `torch.nn.GRUCell`: input `[B, I]` or
@@ -289,7 +293,3 @@ class GRUCell(_Cell):
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        """Runs one step; see the class."""
-        return self._one_state(input, hx)
