@@ -170,7 +170,9 @@ RNNKERN_FN void gemm_blocks(int64_t count, int64_t rows, int64_t block, const Ro
     constexpr int kMaxRows = tile_rows(kBlocks * kVectors);
     const int64_t tiles = (rows + kMaxRows - 1) / kMaxRows, size = rows / tiles, larger = rows % tiles * (size + 1);
     for (int vector = 0; vector < kWidth / Vec<Compute<T>>::kLanes; vector += kVectors) {
-      gemm_rows<T, kWalk, kMaxRows, kBlocks, kVectors, kWidth>(size + 1, 0, larger, A, P, block, vector, C);
+      if (larger > 0) {
+        gemm_rows<T, kWalk, kMaxRows, kBlocks, kVectors, kWidth>(size + 1, 0, larger, A, P, block, vector, C);
+      }
       gemm_rows<T, kWalk, kMaxRows, kBlocks, kVectors, kWidth>(size, larger, rows, A, P, block, vector, C);
     }
   }
