@@ -19,7 +19,7 @@
 
 namespace rnnkern::RNNKERN_ISA {
 
-constexpr int64_t kRun = 256;           // longest chain of additions: keeps the rounding error below torch's
+constexpr int64_t kRun = 256;  // longest chain of additions: keeps the rounding error below torch's
 
 RNNKERN_FN int64_t blocks_of(int64_t units) { return (units + kBlock - 1) / kBlock; }
 RNNKERN_FN int64_t half_cut(int64_t blocks) { return blocks / 2; }
