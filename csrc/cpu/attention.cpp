@@ -410,6 +410,7 @@ const AttentionKernels& attention_kernels(Score score, Dtype dtype) {
     case Dtype::f16:
       return kernels_for<Float16>(score);
     case Dtype::f32:
+    case Dtype::f32w8:  // a recurrent layer alone has int8 weights
       break;
   }
   return kernels_for<float>(score);

@@ -17,6 +17,22 @@ struct ComputeOf<double> {
 template <class S>
 using Compute = typename ComputeOf<S>::type;
 
+// What tensors hold, and what weight matrices do.
+template <class S>
+struct StoredOf {
+  using type = S;
+  using Weight = S;
+};
+template <>
+struct StoredOf<Int8Weights> {
+  using type = float;
+  using Weight = int8_t;
+};
+template <class S>
+using Stored = typename StoredOf<S>::type;
+template <class S>
+using StoredWeight = typename StoredOf<S>::Weight;
+
 RNNKERN_FN float to_compute(float x) { return x; }
 RNNKERN_FN double to_compute(double x) { return x; }
 RNNKERN_FN float to_compute(Bfloat16 x) {
@@ -113,6 +129,16 @@ RNNKERN_FN Vec<float> widen<Float16>(HalfLanes bits) {
 #endif
 }
 
+// The lower halves of lanes.
+typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+RNNKERN_FN HalfLanes lower_halves(Bits bits) {
+#if RNNKERN_ISA_avx512
+  return reinterpret_cast<HalfLanes>(_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)bits));
+#else
+  return __builtin_convertvector(bits, HalfLanes);
+#endif
+}
+
 // As to_storage rounds; subnormal numbers become zero where the instruction set converts to bfloat16 itself.
 template <class S>
 HalfLanes narrow(Vec<float> x);
@@ -121,15 +147,9 @@ RNNKERN_FN HalfLanes narrow<Bfloat16>(Vec<float> x) {
 #ifdef __AVX512BF16__
   return (HalfLanes)_mm512_cvtneps_pbh(x.v);
 #else
-  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
   const Bits bits = reinterpret_cast<Bits>(x.v);
   const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const Bits high = x.v != x.v ? bits >> 16 | 0x40 : rounded;
-#if RNNKERN_ISA_avx512
-  return reinterpret_cast<HalfLanes>(_mm512_maskz_cvtepi32_epi16(kAllLanes, (__m512i)high));
-#else
-  return __builtin_convertvector(high, HalfLanes);
-#endif
+  return lower_halves(x.v != x.v ? bits >> 16 | 0x40 : rounded);
 #endif
 }
 template <>

@@ -8,8 +8,11 @@
 // C is of the compute type of A and P (operands.h). Where a multiply-add takes kTerms = 2 of k, P is
 // [block][k/2][width][2], and what follows holds for pairs.
 //
-// Every element of C is one chain of fused multiply-adds over k in order, starting from zero (or the bias): the result
-// does not depend on the tile, the number of rows or the width of a vector.
+// Integers (kQuantized) are summed as such, which is exact up to kExactTerms terms; the sum is then scaled by the row's
+// scale times the column's, and added.
+//
+// Every other element of C is one chain of fused multiply-adds over k in order, starting from zero (or the bias): the
+// result does not depend on the tile, the number of rows or the width of a vector.
 #pragma once
 
 #include "cpu/operands.h"
@@ -32,6 +35,7 @@ struct RowOperand {
   int64_t group_stride = 0;
   int outers = 1;
   int64_t outer_stride = 0;
+  const float* scale = nullptr;  // [row], of integers
 };
 
 template <class T>
@@ -39,6 +43,7 @@ struct PackedOperand {
   const T* p;
   int64_t panel_stride;  // from block to block, or from gate to gate
   int64_t ahead = 0;     // from what is read to what will be read after all of it, and is fetched into the L2 cache
+  const float* scale = nullptr;  // [block][width], of integers
 };
 
 enum class Start { zero, add, bias };
@@ -57,8 +62,8 @@ enum class Walk { run, runs, columns };
 // Tiles of kRows rows from row m to row `end`. All that the loop needs is copied first: it is not read again after each
 // tile's stores, and the next tile's loads can start before this one's multiply-adds are done.
 template <class T, Walk kWalk, int kRows, int kBlocks, int kVectors, int kWidth>
-void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOperand<T>& P, int64_t block, int vector,
-                const Panel<Compute<T>>& C) {
+void gemm_tiles(int64_t m, int64_t end, const RowOperand<RowElement<T>>& A, const PackedOperand<WeightElement<T>>& P,
+                int64_t block, int vector, const Panel<Compute<T>>& C) {
   using V = Vec<Compute<T>>;
   constexpr bool kRuns = kWalk == Walk::runs, kColumns = kWalk == Walk::columns;
   constexpr bool kFetch = kWalk == Walk::run && kRows > 3;  // fewer rows take as many cycles to load as to multiply
@@ -68,26 +73,32 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
   const int64_t group_stride = A.group_stride, outer_stride = A.outer_stride;
   const int outers = kRuns ? A.outers : 1, groups = kRuns ? A.groups : 1;
   const int64_t panel_stride = P.panel_stride, block_stride = C.block_stride, row_stride = C.row_stride;
-  const T* const p_first = P.p + block * panel_stride + column * kTerms<T>;
-  const T* a_tile = A.a + m * row;
+  const WeightElement<T>* const p_first = P.p + block * panel_stride + column * kTerms<T>;
+  const RowElement<T>* a_tile = A.a + m * row;
   Compute<T>* c_tile = C.c + block * block_stride + m * row_stride + column;
   const Compute<T>* const bias = C.start == Start::bias ? C.bias + block * kWidth + column : nullptr;
   const bool add = C.start == Start::add;
   const int64_t ahead = P.ahead;
   for (; m < end; m += kRows, a_tile += kRows * row, c_tile += kRows * row_stride) {
-    V sum[kRows][kBlocks][kVectors];
+    Sum<T> sum[kRows][kBlocks][kVectors];
     RNNKERN_UNROLL
     for (int i = 0; i < kRows; ++i) {
       RNNKERN_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
         RNNKERN_UNROLL
-        for (int v = 0; v < kVectors; ++v) sum[i][b][v] = bias ? V::load(bias + b * kWidth + v * V::kLanes) : V(0);
+        for (int v = 0; v < kVectors; ++v) {
+          if constexpr (kQuantized<T>) {
+            sum[i][b][v] = Sum<T>(0);
+          } else {
+            sum[i][b][v] = bias ? V::load(bias + b * kWidth + v * V::kLanes) : V(0);
+          }
+        }
       }
     }
-    const T* p = p_first;
+    const WeightElement<T>* p = p_first;
     for (int outer = 0; outer < outers; ++outer) {
       for (int group = 0; group < groups; ++group) {
-        const T* a = kRuns ? a_tile + outer * outer_stride + group * group_stride : a_tile;
+        const RowElement<T>* a = kRuns ? a_tile + outer * outer_stride + group * group_stride : a_tile;
 #pragma GCC unroll 2
         for (int64_t k = 0; k < run; k += kTerms<T>) {
           // Few rows stay in registers while the weights pass, else the other way round.
@@ -100,7 +111,7 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
           for (int b = 0; b < kBlocks; ++b) {
             RNNKERN_UNROLL
             for (int v = 0; v < kVectors; ++v) {
-              const T* from = p + b * panel_stride + v * V::kLanes * kTerms<T>;
+              const WeightElement<T>* from = p + b * panel_stride + v * V::kLanes * kTerms<T>;
               w[b][v] = Factor<T>::load(from);
               if (kFetch && v * V::kLanes % int(64 / sizeof(Compute<T>)) == 0) __builtin_prefetch(from + ahead, 0, 2);
               if constexpr (kFewRows) {
@@ -130,7 +141,13 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
         RNNKERN_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           Compute<T>* c = c_tile + b * block_stride + i * row_stride + v * V::kLanes;
-          (add ? V::load(c) + sum[i][b][v] : sum[i][b][v]).store(c);
+          if constexpr (kQuantized<T>) {
+            const V scale = V(A.scale[m + i]) * V::load(P.scale + block * kWidth + column + b * kWidth + v * V::kLanes);
+            const V before = add ? V::load(c) : bias ? V::load(bias + b * kWidth + v * V::kLanes) : V(0);
+            fma(sum[i][b][v].rounded(), scale, before).store(c);
+          } else {
+            (add ? V::load(c) + sum[i][b][v] : sum[i][b][v]).store(c);
+          }
         }
       }
     }
@@ -138,8 +155,9 @@ void gemm_tiles(int64_t m, int64_t end, const RowOperand<T>& A, const PackedOper
 }
 
 template <class T, Walk kWalk, int kMaxRows, int kBlocks, int kVectors, int kWidth>
-RNNKERN_FN void gemm_rows(int64_t rows, int64_t m, int64_t end, const RowOperand<T>& A, const PackedOperand<T>& P,
-                          int64_t block, int vector, const Panel<Compute<T>>& C) {
+RNNKERN_FN void gemm_rows(int64_t rows, int64_t m, int64_t end, const RowOperand<RowElement<T>>& A,
+                          const PackedOperand<WeightElement<T>>& P, int64_t block, int vector,
+                          const Panel<Compute<T>>& C) {
   if constexpr (kMaxRows >= 1) {
     if (rows == kMaxRows) {
       gemm_tiles<T, kWalk, kMaxRows, kBlocks, kVectors, kWidth>(m, end, A, P, block, vector, C);
@@ -163,8 +181,8 @@ constexpr int tile_rows(int vectors) {
 
 // `count` blocks from `block` on, rows in balanced tiles.
 template <class T, Walk kWalk, int kBlocks, int kVectors, int kWidth>
-RNNKERN_FN void gemm_blocks(int64_t count, int64_t rows, int64_t block, const RowOperand<T>& A,
-                            const PackedOperand<T>& P, const Panel<Compute<T>>& C) {
+RNNKERN_FN void gemm_blocks(int64_t count, int64_t rows, int64_t block, const RowOperand<RowElement<T>>& A,
+                            const PackedOperand<WeightElement<T>>& P, const Panel<Compute<T>>& C) {
   if constexpr (kBlocks >= 1) {
     if (count < kBlocks) return gemm_blocks<T, kWalk, kBlocks - 1, kVectors, kWidth>(count, rows, block, A, P, C);
     constexpr int kMaxRows = tile_rows(kBlocks * kVectors);
@@ -180,8 +198,8 @@ RNNKERN_FN void gemm_blocks(int64_t count, int64_t rows, int64_t block, const Ro
 
 // Blocks in balanced groups of at most kMaxBlocks, each in passes of kVectors vectors.
 template <class T, Walk kWalk, int kMaxBlocks, int kVectors, int kWidth>
-void gemm_shape(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P,
-                const Panel<Compute<T>>& C) {
+void gemm_shape(int64_t rows, int64_t blocks, const RowOperand<RowElement<T>>& A,
+                const PackedOperand<WeightElement<T>>& P, const Panel<Compute<T>>& C) {
   static_assert(kWidth % (kVectors * Vec<Compute<T>>::kLanes) == 0, "a block is a whole number of passes");
   const int64_t groups = (blocks + kMaxBlocks - 1) / kMaxBlocks;
   for (int64_t i = 0, block = 0; i < groups; ++i) {
@@ -192,7 +210,8 @@ void gemm_shape(int64_t rows, int64_t blocks, const RowOperand<T>& A, const Pack
 }
 
 template <class T, int kGates, Walk kWalk = Walk::run>
-void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P, const Panel<Compute<T>>& C) {
+void gemm(int64_t rows, int64_t blocks, const RowOperand<RowElement<T>>& A, const PackedOperand<WeightElement<T>>& P,
+          const Panel<Compute<T>>& C) {
   constexpr int kWidth = kBlock * kGates, kVectors = kWidth / Vec<Compute<T>>::kLanes;
   if (rows == 0) return;
 #define RNNKERN_SHAPE(max_blocks, vectors) gemm_shape<T, kWalk, max_blocks, vectors, kWidth>(rows, blocks, A, P, C)
@@ -219,7 +238,10 @@ void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOper
       to.c += block * C.block_stride;
       to.block_stride = kBlock;
       if (C.bias) to.bias += block * kWidth;
-      gemm<T, 1, kWalk>(rows, kGates, A, {P.p + block * kGates * P.panel_stride, P.panel_stride, P.ahead}, to);
+      PackedOperand<WeightElement<T>> from = P;
+      from.p += block * kGates * P.panel_stride;
+      if (P.scale) from.scale += block * kWidth;
+      gemm<T, 1, kWalk>(rows, kGates, A, from, to);
     }
   } else if constexpr (kVectors > 2) {
     if (rows <= 3) return RNNKERN_SHAPE(1, 4);
@@ -235,8 +257,8 @@ void gemm(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOper
 
 // The same for a transposed A, one gate: C[block][row][16].
 template <class T>
-void gemm_transposed(int64_t rows, int64_t blocks, const RowOperand<T>& A, const PackedOperand<T>& P,
-                     const Panel<Compute<T>>& C) {
+void gemm_transposed(int64_t rows, int64_t blocks, const RowOperand<RowElement<T>>& A,
+                     const PackedOperand<WeightElement<T>>& P, const Panel<Compute<T>>& C) {
   constexpr int kVectors = kBlock / Vec<Compute<T>>::kLanes;
   if constexpr (kRegisters >= 32) {
     gemm_shape<T, Walk::columns, kVectors == 1 ? 3 : 1, kVectors, kBlock>(rows, blocks, A, P, C);

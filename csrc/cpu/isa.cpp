@@ -21,7 +21,7 @@ bool cpu_supports(Isa isa) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     case Isa::avx512bf16:
-      return cpu_supports(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+      return cpu_supports(Isa::avx512) && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return isa == Isa::portable;

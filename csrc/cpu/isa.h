@@ -12,7 +12,7 @@ enum class Isa {
   portable,
   avx2,
   avx512,
-  avx512bf16,  // avx512 with bfloat16 products in forward; all else is avx512's
+  avx512bf16,  // avx512 with products of bfloat16 and of int16 pairs (VNNI) in forward; all else is avx512's
 };
 
 RNNKERN_API const char* isa_name(Isa isa);

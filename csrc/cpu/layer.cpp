@@ -106,10 +106,17 @@ class Plan {
   Flag alone_;
 };
 
+template <class Word>
+uint64_t word_at(const void* data, uint64_t at) {
+  Word word;
+  memcpy(&word, static_cast<const Word*>(data) + at, sizeof(word));
+  return word;
+}
+
 // A few elements of each weight as they lie in memory, spread over rows and columns by the golden ratio: element
 // frac((s + 1) * ratio) * count, without a division, which would cost a short call a third of a microsecond. Mixed with
 // the instruction set, since packs differ by it.
-template <class Word>
+template <class Matrix, class Word>
 void sample_words(const LayerInputs& in, int gates, uint64_t* samples) {
   const uint64_t mark = uint64_t(current_isa()) << 32;
   for (int d = 0; d < 2; ++d) {
@@ -124,22 +131,21 @@ void sample_words(const LayerInputs& in, int gates, uint64_t* samples) {
       }
       for (uint64_t s = 0; s < kSamples; ++s) {
         const uint64_t at = uint64_t(static_cast<unsigned __int128>((s + 1) * 0x9e3779b97f4a7c15) * counts[i] >> 64);
-        Word word;
-        memcpy(&word, static_cast<const Word*>(data[i]) + at, sizeof(word));
-        samples[s] = word ^ mark;
+        samples[s] = (i < 2 ? word_at<Matrix>(data[i], at) : word_at<Word>(data[i], at)) ^ mark;
       }
     }
   }
 }
 
 void sample_weights(const LayerInputs& in, int gates, uint64_t* samples) {
+  if (in.dtype == Dtype::f32w8) return sample_words<uint8_t, uint32_t>(in, gates, samples);
   switch (dtype_size(in.dtype)) {
     case 2:
-      return sample_words<uint16_t>(in, gates, samples);
+      return sample_words<uint16_t, uint16_t>(in, gates, samples);
     case 4:
-      return sample_words<uint32_t>(in, gates, samples);
+      return sample_words<uint32_t, uint32_t>(in, gates, samples);
     default:
-      return sample_words<uint64_t>(in, gates, samples);
+      return sample_words<uint64_t, uint64_t>(in, gates, samples);
   }
 }
 
@@ -205,7 +211,7 @@ void layer_forward(int cell, const LayerInputs& in, const LayerOutputs& out, con
   const ParallelFor threads = limited(parallel, plan.members);
   if (packed_is_valid) {
     plan.packed = const_cast<uint64_t*>(static_cast<const uint64_t*>(in.packed)) + kFingerprint;
-  } else if (plan.pack) {
+  } else if (plan.pack || in.dtype == Dtype::f32w8) {
     void* packed = workspace(kPackedSlot, size_t(packed_size(cell, in) * compute_size(in.dtype)));
     pack_layer(cell, in, packed, threads);
     plan.packed = static_cast<uint64_t*>(packed) + kFingerprint;

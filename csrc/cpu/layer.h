@@ -14,10 +14,12 @@ namespace rnnkern {
 
 // S is the storage type of `dtype`, C its compute type (float, or double for f64).
 struct LayerWeights {
-  const void* w_ih;  // S [G*H, I]
-  const void* w_hh;  // S [G*H, H]
-  const void* b_ih;  // S [G*H] or null
-  const void* b_hh;  // S [G*H] or null
+  const void* w_ih;                // S [G*H, I], or int8; so the next
+  const void* w_hh;                // S [G*H, H]
+  const void* b_ih;                // S [G*H] or null
+  const void* b_hh;                // S [G*H] or null
+  const void* scale_ih = nullptr;  // S [G*H]: of f32w8, w_ih stands for scale_ih[row] * w_ih[row]; so the next
+  const void* scale_hh = nullptr;  // S [G*H]
 };
 
 // Sequences of one length lie padded, [T, B, *], or packed as in torch's PackedSequence, [N, *]: the rows alive at t =

@@ -128,22 +128,29 @@ RNNKERN_FN void wait_for_others(const LayerPlan& plan, const Share& share, int64
 }
 
 // Packed weights of one direction: input weights [block][I][G][16], recurrent weights [block][H][G][16] (or gate by
-// gate, or as pairs along k, see gemm.h), both biases [block][G][16]. Units past H are zero.
+// gate, or as pairs along k, see gemm.h), both biases and, of integers, both scales [block][G][16]. Units past H are
+// zero.
 template <class S>
 struct Packed {
   using A = Element<S>;
   using T = Compute<S>;
-  A *w_ih, *w_hh;
+  using W = WeightElement<A>;
+  W *w_ih, *w_hh;
   T *b_ih, *b_hh;
+  float *scale_ih = nullptr, *scale_hh = nullptr;
   int64_t size;  // elements of T
   RNNKERN_FN Packed(void* base, const LayerInputs& in, int gates, int d) {
     const int64_t width = blocks_of(in.H) * gates * kBlock;
     const int64_t inputs = width * padded<A>(in.I), hidden = width * padded<A>(in.H);
-    size = (inputs + hidden) * int64_t(sizeof(A)) / int64_t(sizeof(T)) + 2 * width;
-    w_ih = reinterpret_cast<A*>(static_cast<T*>(base) + d * size);
+    size = (inputs + hidden) / kPerLane<A> + (kQuantized<A> ? 4 : 2) * width;
+    w_ih = reinterpret_cast<W*>(static_cast<T*>(base) + d * size);
     w_hh = w_ih + inputs;
     b_ih = reinterpret_cast<T*>(w_hh + hidden);
     b_hh = b_ih + width;
+    if constexpr (kQuantized<A>) {
+      scale_ih = b_hh + width;
+      scale_hh = scale_ih + width;
+    }
   }
 };
 
@@ -171,14 +178,14 @@ RNNKERN_FN void transpose(Vec<T> (&rows)[kCount]) {
 
 // kLanes rows of what makes kLanes words, K apart, to as many columns, `width` apart.
 template <class S>
-RNNKERN_FN void pack_tile(const S* row, int64_t K, Element<S>* column, int64_t width) {
-  constexpr int L = Vec<Compute<S>>::kLanes, kPer = kTerms<Element<S>>;
+RNNKERN_FN void pack_tile(const StoredWeight<S>* row, int64_t K, WeightElement<Element<S>>* column, int64_t width) {
+  constexpr int L = Vec<Compute<S>>::kLanes, kPer = kPerLane<Element<S>>;
   Vec<Compute<S>> rows[L];
   RNNKERN_UNROLL
-  for (int i = 0; i < L; ++i) rows[i] = load_for_packing(row + i * K, L * kPer);
+  for (int i = 0; i < L; ++i) rows[i] = load_for_packing<S>(row + i * K, L * kPer);
   transpose(rows);
   RNNKERN_UNROLL
-  for (int i = 0; i < L; ++i) store_packed<S>(column + i * kPer * width, rows[i]);
+  for (int i = 0; i < L; ++i) store_packed<S>(column + i * kPer * width, rows[i], width);
 }
 #if RNNKERN_ISA_avx512
 // Half of the shuffles are saved by loading four rows into one vector, 128 bits of each.
@@ -202,39 +209,41 @@ RNNKERN_FN void pack_tile<float>(const float* row, int64_t K, float* column, int
 }
 #endif
 
-// from: S [G*H, K] -> to: [block][K][G][16], or gate by gate, or pairs along K, for one block.
+// from: weights of S [G*H, K] -> to: [block][K][G][16], or gate by gate, or pairs along K, for one block.
 template <class S>
-void pack_block(const S* from, Element<S>* to, int gates, int64_t H, int64_t K, int64_t block) {
+void pack_block(const void* weights, WeightElement<Element<S>>* to, int gates, int64_t H, int64_t K, int64_t block) {
   using V = Vec<Compute<S>>;
-  constexpr int L = V::kLanes, kPer = kTerms<Element<S>>;
+  constexpr int L = V::kLanes, kPer = kPerLane<Element<S>>, kPair = kTerms<Element<S>>;
+  const StoredWeight<S>* const from = static_cast<const StoredWeight<S>*>(weights);
   const int64_t units = min_of(int64_t(kBlock), H - block * kBlock), width = panel_width(gates);
-  const int64_t gate = width == kBlock ? padded<Element<S>>(K) / kPer * kBlock : kBlock;  // from gate to gate
+  const int64_t gate = width == kBlock ? padded<Element<S>>(K) / kPair * kBlock : kBlock;  // from gate to gate
   for (int g = 0; g < gates; ++g) {
     for (int64_t j = 0; j < kBlock; j += L) {
-      const S* const row = from + (g * H + block * kBlock + j) * K;
+      const StoredWeight<S>* const row = from + (g * H + block * kBlock + j) * K;
       for (int64_t k = 0; k < K; k += L * kPer) {  // innermost: as many streams as lanes, each read in order
         const int count = int(min_of(int64_t(L * kPer), K - k));
-        Element<S>* column = to + k * width + (g * gate + j) * kPer;
+        WeightElement<Element<S>>* column = to + k * width + (g * gate + j) * kPair;
         if (count == L * kPer && j + L <= units) {
-          pack_tile(row + k, K, column, width);
+          pack_tile<S>(row + k, K, column, width);
         } else {
           V rows[L];
-          for (int i = 0; i < L; ++i) rows[i] = j + i < units ? load_for_packing(row + i * K + k, count) : V(0);
+          for (int i = 0; i < L; ++i) rows[i] = j + i < units ? load_for_packing<S>(row + i * K + k, count) : V(0);
           transpose(rows);
-          for (int i = 0; i * kPer < count; ++i) store_packed<S>(column + i * kPer * width, rows[i]);
+          for (int i = 0; i * kPer < count; ++i) store_packed<S>(column + i * kPer * width, rows[i], width);
         }
       }
     }
   }
 }
 
-// from: S [G*H] or null -> to: T [G][16], for one block.
-template <class S, class T>
-void pack_bias_block(const S* from, T* to, int gates, int64_t H, int64_t block) {
+// from: a bias or scale of S [G*H] or null -> to: [G][16], for one block.
+template <class S>
+void pack_bias_block(const void* bias, Compute<S>* to, int gates, int64_t H, int64_t block) {
+  const Stored<S>* const from = static_cast<const Stored<S>*>(bias);
   for (int g = 0; g < gates; ++g) {
     for (int64_t j = 0; j < kBlock; ++j) {
       const int64_t unit = block * kBlock + j;
-      to[g * kBlock + j] = from && unit < H ? to_compute(from[g * H + unit]) : T(0);
+      to[g * kBlock + j] = from && unit < H ? to_compute(from[g * H + unit]) : Compute<S>(0);
     }
   }
 }
@@ -251,12 +260,14 @@ void pack_layer_blocks(const LayerInputs& in, int d, int64_t begin, int64_t end,
   const LayerWeights& from = in.weights[d];
   constexpr int64_t kWidth = Cell::kGates * kBlock;
   for (int64_t block = begin; block < end; ++block) {
-    pack_block(static_cast<const S*>(from.w_ih), to.w_ih + block * padded<A>(in.I) * kWidth, Cell::kGates, in.H, in.I,
-               block);
-    pack_block(static_cast<const S*>(from.w_hh), to.w_hh + block * padded<A>(in.H) * kWidth, Cell::kGates, in.H, in.H,
-               block);
-    pack_bias_block(static_cast<const S*>(from.b_ih), to.b_ih + block * kWidth, Cell::kGates, in.H, block);
-    pack_bias_block(static_cast<const S*>(from.b_hh), to.b_hh + block * kWidth, Cell::kGates, in.H, block);
+    pack_block<S>(from.w_ih, to.w_ih + block * padded<A>(in.I) * kWidth, Cell::kGates, in.H, in.I, block);
+    pack_block<S>(from.w_hh, to.w_hh + block * padded<A>(in.H) * kWidth, Cell::kGates, in.H, in.H, block);
+    pack_bias_block<S>(from.b_ih, to.b_ih + block * kWidth, Cell::kGates, in.H, block);
+    pack_bias_block<S>(from.b_hh, to.b_hh + block * kWidth, Cell::kGates, in.H, block);
+    if constexpr (kQuantized<A>) {
+      pack_bias_block<S>(from.scale_ih, to.scale_ih + block * kWidth, Cell::kGates, in.H, block);
+      pack_bias_block<S>(from.scale_hh, to.scale_hh + block * kWidth, Cell::kGates, in.H, block);
+    }
   }
 }
 

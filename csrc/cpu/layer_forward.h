@@ -3,9 +3,13 @@
 // Per step and group of unit blocks: the two halves of W_hh h as raw sums in a scratch panel that stays in the L1
 // cache, then the cell's pointwise part over the panel. Everything per unit is stored in blocks of 16 units,
 // [block][row][gate][16], which is the order in which it is read again.
+//
+// Int8Weights: the products take x and h as integers, each row of x and each half of a row of h with a scale of its
+// own; all else, the state too, is as in float.
 #pragma once
 
 #include "cpu/layer_engine.h"
+#include "cpu/quantize.h"
 
 namespace rnnkern::RNNKERN_ISA {
 
@@ -13,10 +17,15 @@ template <class Cell, class S>
 class Forward {
   using T = Compute<S>;
   using V = Vec<T>;
-  using A = Element<S>;  // of x, h and weights, as the products read them
+  using A = Element<S>;              // of x, h and weights, as the products read them
+  using Row = RowElement<A>;         // of x and h,
+  using W = WeightElement<A>;        // of weights
+  using State = Stored<Element<S>>;  // of h from step to step
   static constexpr int kGates = Cell::kGates, kStates = Cell::kStates, kSaved = Cell::kSaved;
   static constexpr int kWidth = kGates * kBlock, kPanelWidth = panel_width(kGates);
   static constexpr int kSavedWidth = (kSaved + kStates - 1) * kBlock;
+  static constexpr int64_t kLongestRun = kQuantized<A> ? 512 : kRun;
+  static_assert(!kQuantized<A> || kLongestRun <= kExactTerms, "a run of integers is exact");
   static constexpr int64_t kPanelRows = 48, kPanelBlocks = 8;
 
   // A row at a step: where its units lie in y, whether the step is its last, whether its state is zero after it.
@@ -48,27 +57,34 @@ class Forward {
     row_stride_ = padded_stride(in_.H);
     x_stride_ = padded_stride(in_.I);
     for (int d = 0; d < in_.D; ++d) {
-      for (A*& h : h_[d]) h = arena.take<A>(size_t(in_.B * row_stride_));
+      for (State*& h : h_[d]) h = arena.take<State>(size_t(in_.B * row_stride_));
       for (int s = 1; s < kStates; ++s) state_[d][s] = arena.take<T>(size_t(blocks_ * in_.B * kBlock));
     }
     // Steps whose inputs are projected together: enough rows to stream the weights as fast as they are multiplied.
-    const bool beyond_cache = in_.H * in_.I * kGates * int64_t(sizeof(A)) > int64_t(4) << 20;
+    const bool beyond_cache = in_.H * in_.I * kGates * int64_t(sizeof(W)) > int64_t(4) << 20;
     const int64_t rows = splits_batch(in_, plan.members) ? in_.B / plan.members : in_.B;
     chunk_ = max_of(int64_t(1), min_of(plan.steps, (beyond_cache ? 384 : 128) / max_of(int64_t(1), rows)));
     const int64_t chunk_rows = chunk_ * in_.B;  // a member may have all rows of a step
     for (int i = 0; i < plan.members; ++i) {
-      A* x = arena.take<A>(size_t(chunk_rows * x_stride_));
+      Row* x = arena.take<Row>(size_t(chunk_rows * x_stride_));
+      float* x_scale = arena.take<float>(size_t(kQuantized<A> ? chunk_rows : 0));
+      Row* rounded_h = arena.take<Row>(size_t(kQuantized<A> ? in_.B * row_stride_ : 0));
+      float* h_scale = arena.take<float>(size_t(kQuantized<A> ? 2 * in_.B : 0));
       T* gx = arena.take<T>(size_t(blocks_ * chunk_rows * kWidth));
       T* half0 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       T* half1 = arena.take<T>(size_t(kPanelBlocks * min_of(kPanelRows, in_.B) * kWidth));
       int64_t* first_row = arena.take<int64_t>(size_t(chunk_ + 1));
       StepRow* step_rows = arena.take<StepRow>(size_t(in_.B));
       T* bias = arena.take<T>(kPanelBlocks * kWidth);
-      A* weights = arena.take<A>(size_t(plan.packed ? 0 : panel_blocks_ * max_of(inputs_, hidden_) * kWidth));
+      W* weights = arena.take<W>(size_t(plan.packed ? 0 : panel_blocks_ * max_of(inputs_, hidden_) * kWidth));
       if (i == member) {
         bias_ = bias;
         weights_ = weights;
         x_ = x;
+        x_scale_ = x_scale;
+        rounded_h_ = rounded_h;
+        h_scale_[0] = h_scale;
+        h_scale_[1] = h_scale + in_.B;
         gx_ = gx;
         half_[0] = half0;
         half_[1] = half1;
@@ -84,10 +100,10 @@ class Forward {
 
   // Weights and biases of unit blocks, [block][k][gate][16] and [block][gate][16]: from the packed ones, or packed now,
   // and then valid until the next are asked for.
-  const A* input_weights(int d, int64_t block, int64_t count) {
+  const W* input_weights(int d, int64_t block, int64_t count) {
     return plan_.packed ? packed(d).w_ih + block * inputs_ * kWidth : pack(in_.weights[d].w_ih, in_.I, block, count);
   }
-  const A* hidden_weights(int d, int64_t block, int64_t count) {
+  const W* hidden_weights(int d, int64_t block, int64_t count) {
     return plan_.packed ? packed(d).w_hh + block * hidden_ * kWidth : pack(in_.weights[d].w_hh, in_.H, block, count);
   }
   const T* input_bias(int d, int64_t block, int64_t count) {
@@ -96,19 +112,27 @@ class Forward {
   const T* hidden_bias(int d, int64_t block, int64_t count) {
     return plan_.packed ? packed(d).b_hh + block * kWidth : pack_bias(in_.weights[d].b_hh, block, count);
   }
-  const A* pack(const void* from, int64_t K, int64_t block, int64_t count) {
+  const W* pack(const void* from, int64_t K, int64_t block, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      pack_block(static_cast<const S*>(from), weights_ + i * padded<A>(K) * kWidth, kGates, in_.H, K, block + i);
+      pack_block<S>(from, weights_ + i * padded<A>(K) * kWidth, kGates, in_.H, K, block + i);
     }
     return weights_;
   }
   const T* pack_bias(const void* from, int64_t block, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      pack_bias_block(static_cast<const S*>(from), bias_ + i * kWidth, kGates, in_.H, block + i);
+      pack_bias_block<S>(from, bias_ + i * kWidth, kGates, in_.H, block + i);
     }
     return bias_;
   }
   Packed<S> packed(int d) const { return Packed<S>(plan_.packed, in_, kGates, d); }
+
+  // Scales of integer weights, which are always packed before.
+  const float* input_scale(int d, int64_t block) const {
+    return kQuantized<A> ? packed(d).scale_ih + block * kWidth : nullptr;
+  }
+  const float* hidden_scale(int d, int64_t block) const {
+    return kQuantized<A> ? packed(d).scale_hh + block * kWidth : nullptr;
+  }
 
   // Panels of unit blocks: enough blocks in each to keep the multipliers busy when rows or gates are few.
   int64_t panels_of(const Range& blocks, int64_t rows) const {
@@ -136,18 +160,18 @@ class Forward {
                   units = max_of(int64_t(0), min_of(blocks.end * kBlock, H) - unit);
     for (int64_t m = rows.begin; m < rows.end; ++m) {
       const int64_t b = row_of(m), from = (d * in_.B + b) * H + unit;
-      const S* h0 = static_cast<const S*>(in_.h0) + from;
-      if (plan_.length[m] == 0) memcpy(static_cast<S*>(out_.h_n) + from, h0, size_t(units) * sizeof(S));
+      const Stored<S>* h0 = static_cast<const Stored<S>*>(in_.h0) + from;
+      if (plan_.length[m] == 0) memcpy(static_cast<Stored<S>*>(out_.h_n) + from, h0, size_t(units) * sizeof(*h0));
       const bool fresh = d == 0 && reset_at(in_, 0, b);
       // Rows that the reverse direction starts later may read either buffer first.
       for (int i = 0; i < (plan_.length[m] < plan_.steps ? 2 : 1); ++i) {
-        A* h = h_[d][i] + m * row_stride_ + unit;
+        State* h = h_[d][i] + m * row_stride_ + unit;
         if (fresh) {
-          memset(h, 0, size_t(units) * sizeof(A));
+          memset(h, 0, size_t(units) * sizeof(State));
         } else {
           convert_row(h0, h, units);
         }
-        if (unit + units == H) memset(h + units, 0, size_t(hidden_ - H) * sizeof(A));
+        if (unit + units == H) memset(h + units, 0, size_t(hidden_ - H) * sizeof(State));
       }
       for (int s = 1; s < kStates; ++s) {
         const T* c0 = static_cast<const T*>(in_.c0) + from;
@@ -162,7 +186,7 @@ class Forward {
       }
       for (int64_t t = plan_.length[m]; t < in_.T && !in_.packed_rows; ++t) {
         const int64_t at = (row_at(plan_, t, m) * in_.D + d) * H + unit;
-        memset(static_cast<S*>(out_.y) + at, 0, size_t(units) * sizeof(S));
+        memset(static_cast<Stored<S>*>(out_.y) + at, 0, size_t(units) * sizeof(Stored<S>));
         if (out_.c_all) memset(static_cast<T*>(out_.c_all) + at, 0, size_t(units) * sizeof(T));
       }
     }
@@ -175,9 +199,14 @@ class Forward {
       const int64_t t = time_of(d, step + i), alive = rows_alive(plan_, rows, t);
       first_row_[i] = count;
       for (int64_t m = 0; m < alive; ++m) {
-        A* row = x_ + (count + m) * x_stride_;
-        convert_row(input_row<S>(plan_, t, rows.begin + m), row, in_.I);
-        memset(row + in_.I, 0, size_t(inputs_ - in_.I) * sizeof(A));
+        Row* row = x_ + (count + m) * x_stride_;
+        const Stored<S>* x = input_row<Stored<S>>(plan_, t, rows.begin + m);
+        if constexpr (kQuantized<A>) {
+          x_scale_[count + m] = quantize_row(x, in_.I, row, inputs_);
+        } else {
+          convert_row(x, row, in_.I);
+          memset(row + in_.I, 0, size_t(inputs_ - in_.I) * sizeof(Row));
+        }
       }
       count += alive;
     }
@@ -187,13 +216,14 @@ class Forward {
       const auto [block, end] = piece(blocks, panels, i);
       const int64_t panel = end - block;  // its weights stay in the cache
       T* gx = gx_ + (block - blocks.begin) * gx_stride_;
-      const A* weights = input_weights(d, block, panel);
-      const A* next = plan_.packed && i + 1 < panels ? weights + panel * inputs_ * kWidth : weights;
+      const W* weights = input_weights(d, block, panel);
+      const W* next = plan_.packed && i + 1 < panels ? weights + panel * inputs_ * kWidth : weights;
       const T* bias = input_bias(d, block, panel);
-      for (int64_t k = 0; k < inputs_ || k == 0; k += kRun) {
-        gemm<A, kGates>(count, panel, {x_ + k, x_stride_, int(min_of(kRun, inputs_ - k))},
+      for (int64_t k = 0; k < inputs_ || k == 0; k += kLongestRun) {
+        gemm<A, kGates>(count, panel, run_of(x_, x_stride_, x_scale_, k, inputs_),
                         {weights + k * kPanelWidth, inputs_ * kPanelWidth,
-                         k + kRun < inputs_ ? kRun * kPanelWidth : next - weights - k * kPanelWidth},
+                         k + kLongestRun < inputs_ ? kLongestRun * kPanelWidth : next - weights - k * kPanelWidth,
+                         input_scale(d, block)},
                         {gx, gx_stride_, kWidth, k == 0 ? Start::bias : Start::add, bias});
       }
     }
@@ -201,8 +231,8 @@ class Forward {
 
   void run_step(int d, const Share& share, const Range& rows, const Range& blocks, int64_t step, int64_t chunk_row) {
     const int64_t t = time_of(d, step), alive = rows_alive(plan_, rows, t), cut = half_cut(blocks_);
-    const A* h = h_[d][step & 1] + rows.begin * row_stride_;
-    bool waited = !share.unit_split;
+    const State* h = h_[d][step & 1] + rows.begin * row_stride_;
+    bool waited = !share.unit_split, rounded[2] = {false, false};
     const auto wait = [&] {
       if (!waited) wait_for_others(plan_, share, step + 1);
       waited = true;
@@ -215,8 +245,8 @@ class Forward {
       // Back and forth, so that what is left in the cache from the last step is used first.
       const auto [begin, end] = piece(blocks, panels, step & 1 ? panels - 1 - i : i);
       const int64_t count = end - begin;
-      const A* weights = hidden_weights(d, begin, count);
-      const A* next = weights;
+      const W* weights = hidden_weights(d, begin, count);
+      const W* next = weights;
       if (plan_.packed && i + 1 < panels) {
         next += (piece(blocks, panels, step & 1 ? panels - 2 - i : i + 1).begin - begin) * hidden_ * kWidth;
       }
@@ -226,7 +256,15 @@ class Forward {
         for (int turn = 0; turn < 2; ++turn) {
           const int half = own == 1 ? 1 - turn : turn;
           if (turn == 1) wait();
-          multiply(weights, turn == 0 ? weights : next, h + m * row_stride_, panel_rows, count, half);
+          const Row* h_rows;
+          if constexpr (kQuantized<A>) {
+            if (!rounded[half]) round_half(h, alive, half);
+            rounded[half] = true;
+            h_rows = rounded_h_;
+          } else {
+            h_rows = h;
+          }
+          multiply(weights, turn == 0 ? weights : next, hidden_scale(d, begin), h_rows, m, panel_rows, count, half);
         }
         for (int64_t block = 0; block < count; ++block) {
           pointwise(d, rows.begin + m, panel_rows, step, t, begin + block, block * panel_rows * kWidth, step_rows_ + m,
@@ -237,15 +275,34 @@ class Forward {
     wait();
   }
 
-  // half_[half] = W_hh h over the units of one half. The other half is next to be multiplied, with weights `next`.
-  void multiply(const A* weights, const A* next, const A* h, int64_t rows, int64_t blocks, int half) {
+  // One half of rows [0, rows) of h as integers.
+  void round_half(const State* h, int64_t rows, int half) {
+    const int64_t cut = half_cut(blocks_) * kBlock;
+    const int64_t first = half == 0 ? 0 : cut, count = (half == 0 ? cut : in_.H) - first;
+    for (int64_t m = 0; m < rows; ++m) {
+      Row* to = rounded_h_ + m * row_stride_ + first;
+      h_scale_[half][m] = quantize_row(h + m * row_stride_ + first, count, to, half == 0 ? count : hidden_ - first);
+    }
+  }
+
+  // A run of rows that begins at k and ends at `last`, if it is not too long.
+  static RowOperand<Row> run_of(const Row* rows, int64_t stride, const float* scale, int64_t k, int64_t last) {
+    RowOperand<Row> run{rows + k, stride, int(min_of(kLongestRun, last - k))};
+    run.scale = scale;
+    return run;
+  }
+
+  // half_[half] = W_hh h over the units of one half, for rows [m, m + rows). The other half is next to be multiplied,
+  // with weights `next`.
+  void multiply(const W* weights, const W* next, const float* scale, const Row* h, int64_t m, int64_t rows,
+                int64_t blocks, int half) {
     const int64_t cut = half_cut(blocks_) * kBlock;
     const int64_t first = half == 0 ? 0 : cut, last = half == 0 ? cut : hidden_;
     const int64_t ahead = next - weights + (cut - 2 * first) * kPanelWidth;
-    for (int64_t k = first; k < last || k == first; k += kRun) {
-      gemm<A, kGates>(rows, blocks, {h + k, row_stride_, int(min_of(kRun, last - k))},
+    for (int64_t k = first; k < last || k == first; k += kLongestRun) {
+      gemm<A, kGates>(rows, blocks, run_of(h + m * row_stride_, row_stride_, h_scale_[half] + m, k, last),
                       {weights + k * kPanelWidth, hidden_ * kPanelWidth,
-                       k + kRun < last ? kRun * kPanelWidth : ahead - (k - first) * kPanelWidth},
+                       k + kLongestRun < last ? kLongestRun * kPanelWidth : ahead - (k - first) * kPanelWidth, scale},
                       {half_[half], rows * kWidth, kWidth, k == first ? Start::zero : Start::add});
     }
   }
@@ -265,12 +322,12 @@ class Forward {
   void pointwise(int d, int64_t row, int64_t count, int64_t step, int64_t t, int64_t block, int64_t panel,
                  const StepRow* step_rows, const T* gx_rows) {
     const int64_t H = in_.H, unit = block * kBlock, row_stride = row_stride_;
-    const A* h = h_[d][step & 1] + row * row_stride + unit;
-    A* h_next = h_[d][~step & 1] + row * row_stride + unit;
+    const State* h = h_[d][step & 1] + row * row_stride + unit;
+    State* h_next = h_[d][~step & 1] + row * row_stride + unit;
     const T *bias = hidden_bias(d, block, 1), *sum0 = half_[0] + panel, *sum1 = half_[1] + panel;
     T* states[kStates];
     for (int s = 1; s < kStates; ++s) states[s] = state_[d][s] + (block * in_.B + row) * kBlock;
-    S* const y = static_cast<S*>(out_.y) + unit;
+    Stored<S>* const y = static_cast<Stored<S>*>(out_.y) + unit;
     T* const c_all = out_.c_all ? static_cast<T*>(out_.c_all) + unit : nullptr;
     T* saved_row = out_.saved ? static_cast<T*>(out_.saved) + saved_at(plan_, d, t, block, row, kSavedWidth) : nullptr;
     const int units = int(min_of(int64_t(kBlock), H - unit));
@@ -299,7 +356,7 @@ class Forward {
         }
         if (at.last) {
           const int64_t final_at = (d * in_.B + row_of(row + i)) * H + unit + j;
-          store_lanes(static_cast<S*>(out_.h_n) + final_at, next[0], lanes);
+          store_lanes(static_cast<Stored<S>*>(out_.h_n) + final_at, next[0], lanes);
           for (int s = 1; s < kStates; ++s) next[s].store_n(static_cast<T*>(out_.c_n) + final_at, lanes);
         }
         if (saved_row) {
@@ -316,14 +373,17 @@ class Forward {
   const LayerOutputs& out_;
   const int64_t blocks_, inputs_, hidden_;  // inputs_ and hidden_: I and H as the products see them
   int64_t panel_blocks_, row_stride_, x_stride_, chunk_;
-  A* h_[2][2];            // [direction][step & 1]: [row][row_stride_]
+  State* h_[2][2];        // [direction][step & 1]: [row][row_stride_]
   T* state_[2][kStates];  // [direction][state]: [block][row][16]; the first is unused
   // Own scratch: [chunk row][x_stride_], [block][chunk row][gate][16], [panel block][panel row][gate][16].
-  A* x_;
+  Row* x_;
+  float* x_scale_;     // [chunk row], of integers; so the next two
+  Row* rounded_h_;     // [row][row_stride_]
+  float* h_scale_[2];  // [half][row]
   T *gx_, *half_[2];
   int64_t* first_row_;  // [chunk step] its first chunk row
   StepRow* step_rows_;  // [row alive at the step]
-  A* weights_;          // what is packed as it is used, if the plan has nothing packed; so the next
+  W* weights_;          // what is packed as it is used, if the plan has nothing packed; so the next
   T* bias_;
   int64_t gx_stride_ = 0;  // elements of a block of gx_
   size_t bytes_ = 0;

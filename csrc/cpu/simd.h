@@ -6,7 +6,7 @@
 //
 // Arithmetic is that of the compiler's vector extension; fused multiply-adds are written out, the compiler fuses none
 // (except for `portable`, where fma is a * b + c and the compiler may fuse it). AVX2 and AVX-512 thus round alike.
-// avx512bf16 is avx512 (and defines RNNKERN_ISA_avx512 too) with products of bfloat16 pairs.
+// avx512bf16 is avx512 (and defines RNNKERN_ISA_avx512 too) with products of bfloat16 and of int16 pairs.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // The engines against the reference in double: every cell, both directions, lengths, resets, odd sizes, every gradient;
 // and the same bits for any number of threads. 16-bit storage is compared more loosely, and outputs only: rounding h
-// moves the gradients too far for one tolerance (the Python tests hold them against torch's).
+// moves the gradients too far for one tolerance (the Python tests hold them against torch's). So are int8 weights,
+// whose rounded values the reference has too.
 #include <cstring>
 #include <limits>
 #include <string>
@@ -62,6 +63,9 @@ template <>
 constexpr double kTolerance<Bfloat16> = 2e-2;
 template <>
 constexpr double kTolerance<Float16> = 2.5e-3;
+
+// Rounding moves x by up to 4 / 65534 here; 300 of them times weights of 1/7 make 8e-5, five times that is not met.
+constexpr double kInt8Tolerance = 4e-4;
 
 template <class S>
 struct Buffers {  // a call's tensors, every output poisoned with NaN
@@ -165,10 +169,8 @@ struct Case {
   bool lengths, resets;
 };
 
-template <class Cell, class T>
-void check_case(const std::string& name, const Case& c) {
-  const int cell = find_cell(name);
-  const unsigned seed = unsigned(c.T * 1000 + c.H);
+template <class Cell>
+Problem make_problem(const Case& c, unsigned seed) {
   Problem p{c.T, c.B, c.I, c.H, c.D, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   for (int64_t b = 0; b < c.B; ++b) p.lengths.push_back(c.lengths ? (b * 7 + 3) % (c.T + 1) : c.T);
   if (c.resets) {
@@ -185,6 +187,19 @@ void check_case(const std::string& name, const Case& c) {
     p.b_ih[d] = random_vector<double>(rows, seed + 7 + d, scale);
     p.b_hh[d] = random_vector<double>(rows, seed + 9 + d, scale);
   }
+  return p;
+}
+
+std::string words(const std::string& name, const Case& c) {
+  return name + " T" + std::to_string(c.T) + " B" + std::to_string(c.B) + " I" + std::to_string(c.I) + " H" +
+         std::to_string(c.H) + " D" + std::to_string(c.D) + (c.lengths ? " lengths" : "") + (c.resets ? " resets" : "");
+}
+
+template <class Cell, class T>
+void check_case(const std::string& name, const Case& c) {
+  const int cell = find_cell(name);
+  const unsigned seed = unsigned(c.T * 1000 + c.H);
+  Problem p = make_problem<Cell>(c, seed);
   OutputGradients out;
   out.dy = random_vector<double>(size_t(c.T * c.B * c.D * c.H), seed + 11);
   out.dc_all = random_vector<double>(out.dy.size(), seed + 12);
@@ -205,13 +220,10 @@ void check_case(const std::string& name, const Case& c) {
   }
   const Result expected = reference_layer<Cell>(p, out);
   const Buffers<T> one = run_layer<T>(cell, p, out, {run_in_turn, 1});
-  const std::string where = name + " T" + std::to_string(c.T) + " B" + std::to_string(c.B) + " I" +
-                            std::to_string(c.I) + " H" + std::to_string(c.H) + " D" + std::to_string(c.D) +
-                            (c.lengths ? " lengths" : "") + (c.resets ? " resets" : "") +
-                            (kDtype<T> == Dtype::f64    ? " double "
-                             : kDtype<T> == Dtype::bf16 ? " bfloat16 "
-                             : kDtype<T> == Dtype::f16  ? " float16 "
-                                                        : " float ");
+  const std::string where = words(name, c) + (kDtype<T> == Dtype::f64    ? " double "
+                                              : kDtype<T> == Dtype::bf16 ? " bfloat16 "
+                                              : kDtype<T> == Dtype::f16  ? " float16 "
+                                                                         : " float ");
   const bool two_states = Cell::kStates > 1;
   check_close(where + "y", one.y, expected.y, kTolerance<T>);
   check_close(where + "h_n", one.h_n, expected.h_n, kTolerance<T>);
@@ -243,6 +255,80 @@ void check_case(const std::string& name, const Case& c) {
   }
 }
 
+// A matrix whose rows are int8 times a scale, which is what it holds from then on.
+struct Int8Matrix {
+  std::vector<int8_t> values;
+  std::vector<float> scale;
+  Int8Matrix(Vector& w, size_t rows) : values(w.size()), scale(rows) {
+    const size_t columns = w.size() / rows;
+    for (size_t r = 0; r < rows; ++r) {
+      double largest = 0;
+      for (size_t k = 0; k < columns; ++k) largest = std::max(largest, std::abs(w[r * columns + k]));
+      scale[r] = float(largest / 127);
+      for (size_t i = r * columns; i < (r + 1) * columns; ++i) {
+        values[i] = int8_t(std::round(w[i] / std::max(double(scale[r]), 1e-30)));
+        w[i] = values[i] * double(scale[r]);
+      }
+    }
+  }
+};
+
+template <class Cell>
+void check_int8(const std::string& name, const Case& c) {
+  const int cell = find_cell(name);
+  const unsigned seed = unsigned(c.T * 1000 + c.H);
+  Problem p = make_problem<Cell>(c, seed);
+  const std::vector<float> x = narrowed<float>(p.x), h0 = narrowed<float>(p.h0), c0 = narrowed<float>(p.c0);
+  LayerInputs in{};
+  in.dtype = Dtype::f32w8;
+  in.T = c.T, in.B = c.B, in.I = c.I, in.H = c.H, in.D = c.D;
+  in.x = x.data();
+  in.x_time = c.B * c.I;
+  in.x_batch = c.I;
+  in.h0 = h0.data();
+  in.c0 = Cell::kStates > 1 ? c0.data() : nullptr;
+  in.lengths = p.lengths.data();
+  in.resets = p.resets.empty() ? nullptr : p.resets.data();
+  std::vector<Int8Matrix> matrices;
+  std::vector<std::vector<float>> biases;
+  for (int d = 0; d < c.D; ++d) {
+    for (Vector* w : {&p.w_ih[d], &p.w_hh[d]}) matrices.emplace_back(*w, size_t(Cell::kGates * c.H));
+    for (Vector* b : {&p.b_ih[d], &p.b_hh[d]}) biases.push_back(narrowed<float>(*b));
+  }
+  for (size_t d = 0; d < size_t(c.D); ++d) {
+    const Int8Matrix &w_ih = matrices[2 * d], &w_hh = matrices[2 * d + 1];
+    in.weights[d] = {w_ih.values.data(),       w_hh.values.data(), biases[2 * d].data(),
+                     biases[2 * d + 1].data(), w_ih.scale.data(),  w_hh.scale.data()};
+  }
+  OutputGradients none;
+  none.dy = none.dc_all = Vector(size_t(c.T * c.B * c.D * c.H));
+  none.dh_n = none.dc_n = Vector(p.h0.size());
+  const Result expected = reference_layer<Cell>(p, none);
+  const std::string where = words(name, c) + " int8 ";
+  std::vector<float> packed(size_t(packed_size(cell, in)));
+  pack_layer(cell, in, packed.data(), {run_in_turn, 1});
+  std::vector<float> first_y, first_h_n, first_c_n;
+  for (const ParallelFor& parallel : {ParallelFor{run_in_turn, 1}, ParallelFor{run_on_threads, 2},
+                                      ParallelFor{run_on_threads, 3}, ParallelFor{run_in_turn, 2}}) {
+    for (const void* pack : {static_cast<const void*>(nullptr), static_cast<const void*>(packed.data())}) {
+      in.packed = pack;
+      std::vector<float> y = poisoned<float>(expected.y.size()), h_n = poisoned<float>(p.h0.size()),
+                         c_n = poisoned<float>(Cell::kStates > 1 ? p.h0.size() : 0);
+      layer_forward(cell, in, {y.data(), h_n.data(), Cell::kStates > 1 ? c_n.data() : nullptr, nullptr, nullptr},
+                    parallel);
+      if (first_y.empty()) {
+        check_close(where + "y", y, expected.y, kInt8Tolerance);
+        check_close(where + "h_n", h_n, expected.h_n, kInt8Tolerance);
+        if (Cell::kStates > 1) check_close(where + "c_n", c_n, expected.c_n, kInt8Tolerance);
+        first_y = y, first_h_n = h_n, first_c_n = c_n;
+      }
+      check_same(where + "y", first_y, y);
+      check_same(where + "h_n", first_h_n, h_n);
+      check_same(where + "c_n", first_c_n, c_n);
+    }
+  }
+}
+
 template <class Cell>
 void check_cell(const std::string& name) {
   const Case cases[] = {
@@ -257,6 +343,7 @@ void check_cell(const std::string& name) {
     check_case<Cell, float>(name, c);
     check_case<Cell, Bfloat16>(name, c);
     check_case<Cell, Float16>(name, c);
+    check_int8<Cell>(name, c);
   }
 }
 

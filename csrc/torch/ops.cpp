@@ -12,7 +12,7 @@ namespace {
 struct LayerArguments {
   LayerArguments(const std::string& cell_name, const Tensor& x_, const Tensor& h0_, const OptionalTensor& c0_,
                  const std::vector<OptionalTensor>& weights_, const OptionalTensor& lengths_,
-                 const OptionalTensor& resets_)
+                 const OptionalTensor& resets_, const std::vector<OptionalTensor>& scales_ = {})
       : cell(find_cell(cell_name)),
         x(x_.size(-1) <= 1 || x_.stride(-1) == 1 ? x_ : torch::stable::contiguous(x_)),
         h0(make_contiguous(h0_)),
@@ -20,7 +20,10 @@ struct LayerArguments {
         lengths(make_contiguous(lengths_)),
         resets(make_contiguous(resets_)) {
     for (const OptionalTensor& weight : weights_) weights.push_back(make_contiguous(weight));
-    in.dtype = dtype_of(x);
+    for (const OptionalTensor& scale : scales_) scales.push_back(make_contiguous(scale));
+    const Dtype dtype = dtype_of(x);
+    STD_TORCH_CHECK(scales.empty() || dtype == Dtype::f32, "rnnkern::layer_int8: x must be float32");
+    in.dtype = scales.empty() ? dtype : Dtype::f32w8;
     in.packed_rows = x.dim() == 2;
     in.B = h0.size(1);
     in.I = x.size(-1);
@@ -46,18 +49,26 @@ struct LayerArguments {
         STD_TORCH_CHECK(w.has_value() || i >= 2, "rnnkern::layer: a weight matrix is missing");
         if (!w.has_value()) continue;
         const int64_t expected = i == 0 ? gate_rows * in.I : i == 1 ? gate_rows * in.H : gate_rows;
-        STD_TORCH_CHECK(w->numel() == expected && dtype_of(*w) == in.dtype, "rnnkern::layer: weight ", i,
-                        " of direction ", d, " does not fit the input and hidden size");
+        const bool fits = !scales.empty() && i < 2 ? w->scalar_type() == ScalarType::Char : dtype_of(*w) == dtype;
+        STD_TORCH_CHECK(w->numel() == expected && fits, "rnnkern::layer: weight ", i, " of direction ", d,
+                        " does not fit the input and hidden size");
       }
       in.weights[d] = {data_or_null(weights[4 * d]), data_or_null(weights[4 * d + 1]), data_or_null(weights[4 * d + 2]),
                        data_or_null(weights[4 * d + 3])};
+      if (scales.empty()) continue;
+      for (int i = 0; i < 2; ++i) {
+        const OptionalTensor& scale = scales[2 * d + i];
+        STD_TORCH_CHECK(scale.has_value() && scale->numel() == gate_rows && dtype_of(*scale) == Dtype::f32,
+                        "rnnkern::layer_int8: scale ", i, " of direction ", d, " must be float32 [", gate_rows, "]");
+      }
+      in.weights[d].scale_ih = data_or_null(scales[2 * d]);
+      in.weights[d].scale_hh = data_or_null(scales[2 * d + 1]);
     }
     const int64_t states = in.D * in.B * in.H;
-    STD_TORCH_CHECK(h0.numel() == states && dtype_of(h0) == in.dtype,
-                    "rnnkern::layer: h0 does not fit x and the weights");
+    STD_TORCH_CHECK(h0.numel() == states && dtype_of(h0) == dtype, "rnnkern::layer: h0 does not fit x and the weights");
     STD_TORCH_CHECK((cell_traits()[cell].states > 1) == c0.has_value(),
                     "rnnkern::layer: c0 is given for cells of two states");
-    STD_TORCH_CHECK(!c0.has_value() || (c0->numel() == states && dtype_of(*c0) == compute_dtype(in.dtype)),
+    STD_TORCH_CHECK(!c0.has_value() || (c0->numel() == states && dtype_of(*c0) == compute_dtype(dtype)),
                     "rnnkern::layer: c0 does not fit x and the weights");
     STD_TORCH_CHECK(
         !resets.has_value() || (resets->numel() == in.T * in.B && resets->scalar_type() == ScalarType::Bool),
@@ -81,7 +92,7 @@ struct LayerArguments {
   const int cell;
   const Tensor x, h0;
   const OptionalTensor c0, lengths, resets;
-  std::vector<OptionalTensor> weights;
+  std::vector<OptionalTensor> weights, scales;  // scales are empty unless weights are int8
   LayerInputs in{};
   int64_t rows = 0;  // of x: T * B, or those of packed rows
 };
@@ -120,11 +131,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(std::string cell, Tenso
   return {out.y, out.h_n, out.c_n, out.c_all, out.saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_inference(std::string cell, Tensor x, Tensor h0, OptionalTensor c0,
-                                                           RNNKERN_WEIGHT_ARGUMENTS, OptionalTensor lengths,
-                                                           OptionalTensor resets, bool return_states,
-                                                           OptionalTensor packed) {
-  LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Outputs infer(LayerArguments& args, bool return_states, const OptionalTensor& packed) {
   if (packed.has_value() && dtype_of(*packed) == compute_dtype(args.in.dtype) &&
       packed->numel() == packed_size(args.cell, args.in)) {
     args.in.packed = packed->const_data_ptr();
@@ -133,17 +142,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_inference(std::string cell, Ten
   return {out.y, out.h_n, out.c_n, out.c_all};
 }
 
-Tensor pack(std::string cell, RNNKERN_WEIGHT_ARGUMENTS) {
-  const int64_t H = w_hh.size(1);
-  const Dtype dtype = dtype_of(w_ih);
-  const Tensor x = make_empty({0, 0, w_ih.size(1)}, dtype);
-  const Tensor h0 = make_empty({w_ih_reverse.has_value() ? 2 : 1, 0, H}, dtype);
+Outputs layer_inference(std::string cell, Tensor x, Tensor h0, OptionalTensor c0, RNNKERN_WEIGHT_ARGUMENTS,
+                        OptionalTensor lengths, OptionalTensor resets, bool return_states, OptionalTensor packed) {
+  LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
+  return infer(args, return_states, packed);
+}
+
+#define RNNKERN_SCALE_ARGUMENTS \
+  Tensor scale_ih, Tensor scale_hh, OptionalTensor scale_ih_reverse, OptionalTensor scale_hh_reverse
+#define RNNKERN_SCALES {scale_ih, scale_hh, scale_ih_reverse, scale_hh_reverse}
+
+Outputs layer_int8(std::string cell, Tensor x, Tensor h0, OptionalTensor c0, RNNKERN_WEIGHT_ARGUMENTS,
+                   RNNKERN_SCALE_ARGUMENTS, OptionalTensor lengths, OptionalTensor resets, bool return_states,
+                   OptionalTensor packed) {
+  LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets, RNNKERN_SCALES);
+  return infer(args, return_states, packed);
+}
+
+Tensor pack_weights(const std::string& cell, Dtype dtype, const std::vector<OptionalTensor>& weights,
+                    const std::vector<OptionalTensor>& scales) {
+  const int64_t H = weights[1]->size(1);
+  const Tensor x = make_empty({0, 0, weights[0]->size(1)}, dtype);
+  const Tensor h0 = make_empty({weights[4].has_value() ? 2 : 1, 0, H}, dtype);
   OptionalTensor c0;
   if (cell_traits()[find_cell(cell)].states > 1) c0 = make_empty({h0.size(0), 0, H}, compute_dtype(dtype));
-  const LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, std::nullopt, std::nullopt);
+  const LayerArguments args(cell, x, h0, c0, weights, std::nullopt, std::nullopt, scales);
   Tensor packed = make_empty({packed_size(args.cell, args.in)}, compute_dtype(dtype));
   pack_layer(args.cell, args.in, packed.mutable_data_ptr(), torch_threads());
   return packed;
+}
+
+Tensor pack(std::string cell, RNNKERN_WEIGHT_ARGUMENTS) {
+  return pack_weights(cell, dtype_of(w_ih), RNNKERN_WEIGHTS, {});
+}
+
+Tensor pack_int8(std::string cell, RNNKERN_WEIGHT_ARGUMENTS, RNNKERN_SCALE_ARGUMENTS) {
+  return pack_weights(cell, Dtype::f32, RNNKERN_WEIGHTS, RNNKERN_SCALES);
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -205,21 +239,25 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
 #define RNNKERN_WEIGHT_SCHEMA                                                    \
   "Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, Tensor? w_ih_reverse, " \
   "Tensor? w_hh_reverse, Tensor? b_ih_reverse, Tensor? b_hh_reverse"
-#define RNNKERN_LAYER_SCHEMA \
-  "Tensor x, Tensor h0, Tensor? c0, " RNNKERN_WEIGHT_SCHEMA ", Tensor? lengths, Tensor? resets"
+#define RNNKERN_STATE_SCHEMA "Tensor x, Tensor h0, Tensor? c0, "
+#define RNNKERN_LAYER_SCHEMA RNNKERN_STATE_SCHEMA RNNKERN_WEIGHT_SCHEMA ", Tensor? lengths, Tensor? resets"
+#define RNNKERN_SCALE_SCHEMA "Tensor scale_ih, Tensor scale_hh, Tensor? scale_ih_reverse, Tensor? scale_hh_reverse"
+#define RNNKERN_OUTPUT_SCHEMA "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all)"
 
 STABLE_TORCH_LIBRARY(rnnkern, m) {
   m.def("layer(str cell, " RNNKERN_LAYER_SCHEMA
         ", bool return_states) -> "
         "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all, Tensor saved)");
   m.def("layer_inference(str cell, " RNNKERN_LAYER_SCHEMA
-        ", bool return_states, Tensor? packed) -> "
-        "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all)");
+        ", bool return_states, Tensor? packed) -> " RNNKERN_OUTPUT_SCHEMA);
+  m.def("layer_int8(str cell, " RNNKERN_STATE_SCHEMA RNNKERN_WEIGHT_SCHEMA ", " RNNKERN_SCALE_SCHEMA
+        ", Tensor? lengths, Tensor? resets, bool return_states, Tensor? packed) -> " RNNKERN_OUTPUT_SCHEMA);
   m.def("layer_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, " RNNKERN_LAYER_SCHEMA
         ", Tensor y, Tensor saved, bool need_dx, bool need_dh0, bool need_dw) -> "
         "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, "
         "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse)");
   m.def("pack(str cell, " RNNKERN_WEIGHT_SCHEMA ") -> Tensor");
+  m.def("pack_int8(str cell, " RNNKERN_WEIGHT_SCHEMA ", " RNNKERN_SCALE_SCHEMA ") -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
@@ -227,6 +265,8 @@ STABLE_TORCH_LIBRARY_IMPL(rnnkern, CPU, m) {
   m.impl("layer_inference", TORCH_BOX(&layer_inference));
   m.impl("layer_backward", TORCH_BOX(&layer_backward_op));
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("layer_int8", TORCH_BOX(&layer_int8));
+  m.impl("pack_int8", TORCH_BOX(&pack_int8));
 }
 
 }  // namespace

@@ -81,27 +81,29 @@ struct View {
   }
 };
 
-inline bool same_dtype(const DLDataType& type, Dtype dtype) {
-  const int code = dtype == Dtype::bf16 ? kDLBfloat : kDLFloat;
-  return type.code == code && type.bits == 8 * dtype_size(dtype) && type.lanes == 1;
+// `matrix`: of weights, which are int8 in a layer of f32w8.
+inline bool same_dtype(const DLDataType& type, Dtype dtype, bool matrix) {
+  const bool int8 = matrix && dtype == Dtype::f32w8;
+  const int code = int8 ? kDLInt : dtype == Dtype::bf16 ? kDLBfloat : kDLFloat;
+  return type.code == code && type.bits == (int8 ? 8 : 8 * dtype_size(dtype)) && type.lanes == 1;
 }
 
 // False, without an exception, unless it is a plain tensor of this dtype on the CPU.
-inline bool view_of(PyObject* object, Dtype dtype, View& view) {
+inline bool view_of(PyObject* object, Dtype dtype, View& view, bool matrix = false) {
   DLTensor tensor;
   if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return false;
   if (torch.api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
     PyErr_Clear();
     return false;
   }
-  if (tensor.device.device_type != kDLCPU || !tensor.data || !same_dtype(tensor.dtype, dtype)) return false;
+  if (tensor.device.device_type != kDLCPU || !tensor.data || !same_dtype(tensor.dtype, dtype, matrix)) return false;
   view = {static_cast<char*>(tensor.data) + tensor.byte_offset, tensor.ndim, tensor.shape, tensor.strides};
   return true;
 }
 
 // The same for an input, whose elements must be what they look like: no negation is pending.
-inline bool input_view_of(PyObject* object, Dtype dtype, View& view) {
-  if (!view_of(object, dtype, view)) return false;
+inline bool input_view_of(PyObject* object, Dtype dtype, View& view, bool matrix = false) {
+  if (!view_of(object, dtype, view, matrix)) return false;
   const Reference negated(PyObject_CallMethodNoArgs(object, torch.is_neg));
   if (!negated) PyErr_Clear();
   return negated.get() == Py_False;

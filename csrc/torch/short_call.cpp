@@ -20,10 +20,11 @@ namespace {
 
 // What a weight was when it was packed.
 struct Weight {
-  Reference name;  // in the module's _parameters
+  Reference name;  // in the module's _parameters, or _buffers if they are int8
   const char *data, *end;
   Sizes sizes;
   long long version;
+  bool matrix;
 };
 
 enum class Form {
@@ -56,8 +57,8 @@ bool ShortCall::unchanged(PyObject* parameters, std::vector<Reference>& held) co
     if (!tensor) PyErr_Clear();
     held.push_back(share(tensor));
     View view;
-    if (!tensor || !view_of(tensor, stack.dtype, view) || view.data != weight.data || !view.has_sizes(weight.sizes) ||
-        version_of(tensor) != weight.version) {
+    if (!tensor || !view_of(tensor, stack.dtype, view, weight.matrix) || view.data != weight.data ||
+        !view.has_sizes(weight.sizes) || version_of(tensor) != weight.version) {
       return false;
     }
   }
@@ -230,7 +231,7 @@ PyObject* cell(PyObject* self, PyObject* const* args, Py_ssize_t count) {
 }
 
 // ShortCall(cell, parameters, names of every layer's weights, packs): the weights as they are now, which are those of
-// the packs.
+// the packs. A layer has two matrices, two biases or none, and two scales if the matrices are int8.
 PyObject* make_short_call(PyTypeObject* type, PyObject* args) {
   const char* cell_name;
   PyObject *parameters, *names, *packs;
@@ -254,20 +255,19 @@ PyObject* make_short_call(PyTypeObject* type, PyObject* args) {
   for (Py_ssize_t l = 0; l < PyTuple_GET_SIZE(names); ++l) {
     PyObject* const layer_names = PyTuple_GET_ITEM(names, l);
     PyObject* const pack = PyTuple_GET_ITEM(packs, l);
-    if (!PyTuple_Check(layer_names) || (PyTuple_GET_SIZE(layer_names) != 2 && PyTuple_GET_SIZE(layer_names) != 4)) {
-      return refuse("expected the names of two matrices and two biases or none");
-    }
-    const void* data[4] = {};
+    const Py_ssize_t count = PyTuple_Check(layer_names) ? PyTuple_GET_SIZE(layer_names) : 0;
+    if (count != 2 && count != 4 && count != 6) return refuse("expected the names of pairs of weights");
+    const void* data[6] = {};
     int64_t I = 0;
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(layer_names); ++i) {
+    for (Py_ssize_t i = 0; i < count; ++i) {
       PyObject* const name = PyTuple_GET_ITEM(layer_names, i);
       PyObject* const tensor = PyDict_GetItemWithError(parameters, name);
       if (!tensor) return refuse("a weight is missing");
       bool seen = false;
       View view;
-      for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
+      for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16, Dtype::f32w8}) {
         if (l > 0 || i > 0 ? dtype != stack.dtype : false) continue;
-        if (!input_view_of(tensor, dtype, view)) continue;
+        if (!input_view_of(tensor, dtype, view, i < 2)) continue;
         stack.dtype = dtype;
         seen = true;
         break;
@@ -284,9 +284,17 @@ PyObject* make_short_call(PyTypeObject* type, PyObject* args) {
       data[i] = view.data;
       Sizes sizes;
       for (int dim = 0; dim < view.ndim; ++dim) sizes.add(view.sizes[dim]);
-      call->weights.push_back({share(name), view.data, view.end(dtype_size(stack.dtype)), sizes, version});
+      const bool byte = i < 2 && stack.dtype == Dtype::f32w8;
+      const char* end = view.end(byte ? 1 : dtype_size(stack.dtype));
+      call->weights.push_back({share(name), view.data, end, sizes, version, i < 2});
     }
-    StackLayer layer{I, {data[0], data[1], data[2], data[3]}, nullptr};
+    const bool int8 = stack.dtype == Dtype::f32w8, biased = count == (int8 ? 6 : 4);
+    if (!biased && count != (int8 ? 4 : 2)) return refuse("expected two biases or none");
+    StackLayer layer{I, {data[0], data[1], biased ? data[2] : nullptr, biased ? data[3] : nullptr}, nullptr};
+    if (int8) {
+      layer.weights.scale_ih = data[count - 2];
+      layer.weights.scale_hh = data[count - 1];
+    }
     LayerInputs in{};
     in.dtype = stack.dtype;
     in.I = I;

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from rnnkern.ops.short import ShortCall
 
-Weights = tuple[Tensor | None, ...]  # w_ih, w_hh, b_ih, b_hh, and the same four of the reverse direction or None
+# w_ih, w_hh, b_ih, b_hh, and the same four of the reverse direction or None; scales follow where matrices are int8.
+Weights = tuple[Tensor | None, ...]
 
 
 class PackCache:
@@ -45,7 +46,7 @@ class PackCache:
     def find(self, layer: int, weights: Weights) -> tuple[list[Any] | None, Tensor | None]:
         """The key of these weights (None if they cannot have one), and their pack if there is one."""
         try:
-            key = _key(weights if weights[4] is not None else weights[:4])
+            key = _key(weights if weights[4] is not None else (*weights[:4], *weights[8:]))
         except RuntimeError:  # inference tensors have no version, fake tensors no address
             return None, None
         entry = self._entries.get(layer)
@@ -74,7 +75,7 @@ class PackCache:
             return
         now = [_key([parameters[name] for name in layer]) for layer in names]
         # Looked up after `short` took note of the weights: another thread may have changed them after they were packed.
-        if all(key == entry[0][: len(key)] for key, entry in zip(now, entries)):
+        if all(key == [weight for weight in entry[0] if weight is not None] for key, entry in zip(now, entries)):
             self.cell = cell
             self.short = short
 

@@ -260,26 +260,33 @@ def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
     return lengths.contiguous()
 
 
-def check_weights(x: Tensor, weights: Weights, cell: str, gates: Tensor, recurrent: Tensor) -> None:
+def check_weights(
+    x: Tensor, weights: Weights, cell: str, gates: Tensor, recurrent: Tensor, matrices: torch.dtype | None = None
+) -> None:
     """Raises RuntimeError, in torch's words where it has some, unless the weights fit x.
 
     The last sizes of `gates` and `recurrent` are H and that of the recurrent input; only with a projection they differ.
+    `matrices` is the dtype of weight matrices, if not that of x; scale_ih and scale_hh of each direction may follow.
     """
     rows = len(CELLS[cell].gates) * gates.shape[-1]
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    shapes = ((rows, x.shape[-1]), (rows, recurrent.shape[-1]), (rows,), (rows,))
-    for i, w in enumerate(weights):
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "scale_ih", "scale_hh")
+    shapes = ((rows, x.shape[-1]), (rows, recurrent.shape[-1]), (rows,), (rows,), (rows,), (rows,))
+    for at, w in enumerate(weights):
         if w is None:
             continue
+        i = at % 4 if at < 8 else 4 + at % 2
         if w.device != x.device:
             raise RuntimeError(
                 "Input and parameter tensors are not at the same device, "
                 f"found input tensor at {x.device} and parameter tensor at {w.device}"
             )
-        if w.dtype != x.dtype:
-            raise RuntimeError(f"{names[i % 4]} must have the dtype of input. Expected {x.dtype}, got {w.dtype}")
-        if w.shape != shapes[i % 4]:
-            raise RuntimeError(f"{names[i % 4]} must have shape {list(shapes[i % 4])}, got {list(w.shape)}")
+        if i < 2 and matrices is not None:
+            if w.dtype != matrices:
+                raise RuntimeError(f"{names[i]} must be rounded. Expected {matrices}, got {w.dtype}")
+        elif w.dtype != x.dtype:
+            raise RuntimeError(f"{names[i]} must have the dtype of input. Expected {x.dtype}, got {w.dtype}")
+        if w.shape != shapes[i]:
+            raise RuntimeError(f"{names[i]} must have shape {list(shapes[i])}, got {list(w.shape)}")
 
 
 def recurrence(
