@@ -6,8 +6,19 @@ lstm = rnnkern.nn.LSTM(256, 512)  # in the place of torch.nn.LSTM
 
 from rnnkern import functional, nn, seq2seq
 from rnnkern._library import empty_cache
+from rnnkern.nn.quantized import quantize_dynamic
 from rnnkern.ops._dispatch import BackendUnavailable, backend, explain
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendUnavailable", "__version__", "backend", "empty_cache", "explain", "functional", "nn", "seq2seq"]
+__all__ = [
+    "BackendUnavailable",
+    "__version__",
+    "backend",
+    "empty_cache",
+    "explain",
+    "functional",
+    "nn",
+    "quantize_dynamic",
+    "seq2seq",
+]

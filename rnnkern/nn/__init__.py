@@ -2,6 +2,7 @@
 
 from rnnkern.nn.attention import AdditiveAttention, DotAttention, GeneralAttention
 from rnnkern.nn.cell import GRUCell, LSTMCell, RNNCell
+from rnnkern.nn.quantized import QuantizedGRU, QuantizedLSTM, QuantizedRNN
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
 
 __all__ = [
@@ -13,5 +14,8 @@ __all__ = [
     "GRUCell",
     "GeneralAttention",
     "LSTMCell",
+    "QuantizedGRU",
+    "QuantizedLSTM",
+    "QuantizedRNN",
     "RNNCell",
 ]

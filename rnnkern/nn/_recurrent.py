@@ -1,5 +1,6 @@
 """What RNN, LSTM and GRU share: the parameters of the stack, torch's checks, the layers, and PackedSequence."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
-from rnnkern.ops.recurrence import check_lengths, recurrence
+from rnnkern.ops.recurrence import Outputs, check_lengths, recurrence
 from rnnkern.ops.short import SHORT
 
 _TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its name in capitals
@@ -22,12 +23,15 @@ class _Recurrent(torch.nn.RNNBase):
     """What RNN, LSTM and GRU share: everything but the constructor's arguments and the form of hx."""
 
     _packs: PackCache
+    _pack_cache: type[PackCache] = PackCache
+    _recurrence: Callable[..., Outputs] = staticmethod(recurrence)
+    _in_buffers = False  # whether weights are buffers instead of parameters
     _two_states: bool  # h and c, as LSTM has; every other cell of two states takes hx in LSTM's form
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
         own = mode not in _TORCH_MODES
         super().__init__("RNN_TANH" if own else mode, *args, **kwargs)
-        self._packs = PackCache()
+        self._packs = self._pack_cache()
         self._two_states = len(CELLS[mode.lower()].states) == 2
         if own:  # a cell that torch does not know: one gate's parameters become G gates'
             self.mode = mode
@@ -50,12 +54,15 @@ class _Recurrent(torch.nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._packs = PackCache()
+        self._packs = self._pack_cache()
 
     def _replicate_for_data_parallel(self) -> "_Recurrent":
         replica: _Recurrent = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._packs = PackCache()
+        replica._packs = self._pack_cache()
         return replica
+
+    def _prepare_short(self) -> None:
+        self._packs.prepare(self.mode.lower(), self._parameters, self._all_weights)
 
     def _short(self, input: Any, hx: Any) -> Any:
         """The result of a short call without gradients; None if it is another, for which the ordinary route is."""
@@ -64,7 +71,8 @@ class _Recurrent(torch.nn.RNNBase):
         short = self._packs.short
         if short is None or self.training:
             return None
-        result = short.sequence(self._parameters, input, hx, self.batch_first)
+        tensors = self._buffers if self._in_buffers else self._parameters
+        result = short.sequence(tensors, input, hx, self.batch_first)
         if result is None or not self.batch_first or input.dim() == 2:
             return result
         return result[0].transpose(0, 1), result[1]
@@ -110,7 +118,8 @@ class _Recurrent(torch.nn.RNNBase):
         if not torch.compiler.is_dynamo_compiling():
             short = self._packs.short
             if short is not None and not self.training:
-                result: tuple[Tensor, Any] | None = short.step(self._parameters, input, hx, out, inplace)
+                tensors = self._buffers if self._in_buffers else self._parameters
+                result: tuple[Tensor, Any] | None = short.step(tensors, input, hx, out, inplace)
                 if result is not None:
                     return result
         if self.bidirectional:
@@ -150,6 +159,10 @@ class _Recurrent(torch.nn.RNNBase):
             weights += (None, None, None, None)
             projection.append(None)
         return tuple(weights), tuple(projection)
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        """The dtype of input and states for a layer of this weight."""
+        return weight.dtype
 
     def _first_state(self, x: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
         """Zeros for h [L*D, B, H or P] and c [L*D, B, H]."""
@@ -238,7 +251,7 @@ class _Recurrent(torch.nn.RNNBase):
         first = self._layer_weights(0)
         weight = first[0][0]
         assert weight is not None
-        dtype = weight.dtype
+        dtype = self._dtype(weight)
         self._check(input, T, B, h, c, dtype)
         if lengths is not None:
             lengths = check_lengths(lengths, T, B)
@@ -248,7 +261,7 @@ class _Recurrent(torch.nn.RNNBase):
             x, h = x.to(dtype), h.to(dtype)
         y, h_n, c_n, c_all = self._layers(x, h, c, first, lengths, resets, return_states)
         if T < SHORT and not (self.bidirectional or self.proj_size or torch.compiler.is_compiling()):
-            self._packs.prepare(self.mode.lower(), self._parameters, self._all_weights)
+            self._prepare_short()
         if not batched:
             c_n = None if c_n is None else c_n.squeeze(1)
             return y.squeeze(1), h_n.squeeze(1), c_n, None if c_all is None else c_all.squeeze(1)
@@ -295,7 +308,7 @@ class _Recurrent(torch.nn.RNNBase):
             self._packs.forget()
             packs = None
         if L == 1:
-            y, h_n, c_n, c_all = recurrence(
+            y, h_n, c_n, c_all = self._recurrence(
                 cell,
                 x,
                 h,
@@ -314,7 +327,7 @@ class _Recurrent(torch.nn.RNNBase):
         for layer in range(L):
             weights, projection = self._layer_weights(layer) if layer else first
             rows = slice(layer * D, layer * D + D)
-            y, h_layer, c_layer, c_all = recurrence(
+            y, h_layer, c_layer, c_all = self._recurrence(
                 cell,
                 x,
                 h[rows],
@@ -362,7 +375,7 @@ class _Recurrent(torch.nn.RNNBase):
                 c = None if c is None else c.index_select(1, order)
         first = self._layer_weights(0)
         assert first[0][0] is not None
-        dtype = first[0][0].dtype
+        dtype = self._dtype(first[0][0])
         self._check(data, len(batch_sizes), B, h, c, dtype, batch_sizes)
         if data.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
             data, h = data.to(dtype), h.to(dtype)

@@ -1,0 +1,222 @@
+"""RNN, LSTM and GRU with int8 weights for inference, and what makes them of float models."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from rnnkern.nn._recurrent import _NO_PROJECTION, _Recurrent
+from rnnkern.nn.recurrent import GRU, LSTM, RNN
+from rnnkern.ops.int8 import Int8PackCache, quantize_rows, recurrence_int8
+from rnnkern.ops.packs import Weights
+
+_ABOUT = """
+    Weight matrices are int8 with a float32 scale for each row, a quarter of the memory: row r of W is scale[r] times
+    int8[r], where scale[r] = max |W[r]| / 127. At every step the kernels round each row of the input, and each half of
+    a row of h, to 15 bits and a sign, multiply and sum integers exactly, and keep all else in float32, the states too:
+    what sets the result apart from the float layer's is the rounding of the weights. A row whose input or h holds an
+    infinity or NaN gives NaN from there on. `rnnkern.quantize_dynamic` makes such layers of all those of a model.
+
+    Arguments, keywords, results and `step` are the float layer's. There are no gradients. Weights, their scales
+    (`weight_ih_l0_scale`, ...) and biases are buffers. A new module is in eval mode and has zero weights, to be loaded
+    by `load_state_dict`; `from_float` rounds those of a float layer.
+
+    Raises:
+        ValueError: what the float layer raises; `proj_size` or a dtype other than float32 is asked for.
+        RuntimeError: what the float layer raises; a gradient is wanted.
+"""
+
+
+class _Quantized(_Recurrent):
+    """Comes before the float class among the bases, of which it takes all but the parameters."""
+
+    _pack_cache = Int8PackCache
+    _recurrence = staticmethod(recurrence_int8)
+    _in_buffers = True
+
+    def __init__(self, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> None:
+        name = type(self).__name__
+        if kwargs.get("dtype") not in (None, torch.float32):
+            raise ValueError(f"{name} computes in torch.float32, got dtype={kwargs['dtype']}")
+        super().__init__(*args, device="meta", **kwargs)
+        if self.proj_size:
+            raise ValueError(f"{name} has no proj_size, got {self.proj_size}")
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters(recurse=False)}
+        scales = []
+        for name, shape in shapes.items():
+            delattr(self, name)
+            dtype = torch.int8 if len(shape) == 2 else torch.float32
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
+            if len(shape) == 2:
+                scales.append(f"{name}_scale")
+                self.register_buffer(scales[-1], torch.ones(shape[0], dtype=torch.float32, device=device))
+        self._flat_weights_names = scales  # torch's checks look at their dtype
+        self._init_flat_weights()
+        self.eval()
+
+    @classmethod
+    def from_float(cls, module: torch.nn.RNNBase) -> Self:
+        """Rounds the weights of a layer of torch.nn or rnnkern.nn; the layer itself stays as it is.
+
+        Raises:
+            TypeError: the layer is of another kind.
+            ValueError: it has `proj_size`, or parameters that are not float32, infinite or NaN.
+        """
+        kind = cls.__name__.removeprefix("Quantized")
+        if not isinstance(module, getattr(torch.nn, kind) | _FLOAT[cls]) or isinstance(module, _Quantized):
+            raise TypeError(f"{cls.__name__}.from_float takes a float {kind}, got {type(module).__name__}")
+        names = [name for names in module._all_weights for name in names]
+        parameters: dict[str, Tensor] = {name: getattr(module, name) for name in names}
+        for name, parameter in parameters.items():
+            if parameter.dtype != torch.float32:
+                raise ValueError(f"{name} must be torch.float32 to be rounded to int8, got {parameter.dtype}")
+        option = {"RNN": "nonlinearity", "LSTM": "proj_size"}.get(kind)
+        options = {} if option is None else {option: getattr(module, option)}
+        quantized = cls(
+            module.input_size,
+            module.hidden_size,
+            num_layers=module.num_layers,
+            bias=module.bias,
+            batch_first=module.batch_first,
+            dropout=module.dropout,
+            bidirectional=module.bidirectional,
+            device=next(iter(parameters.values())).device,
+            **options,
+        )
+        for name, parameter in parameters.items():
+            if parameter.dim() == 2:
+                rounded, scale = quantize_rows(parameter)
+                quantized._buffers[name] = rounded
+                quantized._buffers[f"{name}_scale"] = scale
+            else:
+                quantized._buffers[name] = parameter.detach().clone()
+        quantized._init_flat_weights()
+        return quantized
+
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        return torch.float32
+
+    def _layer_weights(self, layer: int) -> tuple[Weights, tuple[Tensor | None, ...]]:
+        """Weights and scales of a layer, in the order of `rnnkern.ops.int8`."""
+        D = 2 if self.bidirectional else 1
+        weights: list[Tensor | None] = []
+        scales: list[Tensor | None] = []
+        for names in self._all_weights[layer * D : layer * D + D]:
+            weights += [self._buffers[name] for name in names] + [None] * (4 - len(names))
+            scales += [self._buffers[f"{name}_scale"] for name in names[:2]]
+        absent = [None] * (2 - D)
+        return (*weights, *(absent * 4), *scales, *(absent * 2)), _NO_PROJECTION
+
+    def _prepare_short(self) -> None:
+        names = [[*layer, *(f"{name}_scale" for name in layer[:2])] for layer in self._all_weights]
+        self._packs.prepare(self.mode.lower(), self._buffers, names)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        errors: list[str] = args[-1]
+        for scale in self._flat_weights_names:
+            name = prefix + scale.removesuffix("_scale")
+            if name in state_dict and state_dict[name].dtype != torch.int8:
+                errors.append(
+                    f"{name} must be torch.int8, got {state_dict[name].dtype}: see {type(self).__name__}.from_float"
+                )
+                return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class QuantizedRNN(_Quantized, RNN):  # noqa: D101, it has one
+    __doc__ = f"""Elman network with int8 weights, for inference in the place of `rnnkern.nn.RNN`.
+{_ABOUT}
+    Example:
+        >>> import torch, rnnkern
+        >>> rnn = rnnkern.nn.QuantizedRNN.from_float(rnnkern.nn.RNN(10, 20))
+        >>> with torch.no_grad():
+        ...     output, h_n = rnn(torch.randn(5, 3, 10), lengths=torch.tensor([5, 0, 2]))
+        >>> output.shape, rnn.weight_ih_l0.dtype
+        (torch.Size([5, 3, 20]), torch.int8)
+    """
+
+
+class QuantizedLSTM(_Quantized, LSTM):  # noqa: D101, it has one
+    __doc__ = f"""Long short-term memory with int8 weights, for inference in the place of `rnnkern.nn.LSTM`.
+{_ABOUT}
+    Example:
+        >>> import torch, rnnkern
+        >>> lstm = rnnkern.nn.QuantizedLSTM.from_float(torch.nn.LSTM(10, 20, bidirectional=True))
+        >>> with torch.no_grad():
+        ...     output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+        >>> output.shape, lstm.weight_hh_l0_reverse_scale.shape
+        (torch.Size([5, 3, 40]), torch.Size([80]))
+    """
+
+
+class QuantizedGRU(_Quantized, GRU):  # noqa: D101, it has one
+    __doc__ = f"""Gated recurrent unit with int8 weights, for inference in the place of `rnnkern.nn.GRU`.
+{_ABOUT}
+    Example:
+        >>> import torch, rnnkern
+        >>> gru = rnnkern.nn.QuantizedGRU.from_float(rnnkern.nn.GRU(10, 20, batch_first=True))
+        >>> with torch.no_grad():
+        ...     output, h_n = gru(torch.randn(3, 5, 10), resets=torch.rand(3, 5) < 0.1)
+        >>> output.shape, h_n.shape
+        (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
+    """
+
+
+_FLOAT: dict[type[_Quantized], type[_Recurrent]] = {QuantizedRNN: RNN, QuantizedLSTM: LSTM, QuantizedGRU: GRU}
+# By exact type: a subclass may compute something else.
+_QUANTIZED: dict[type[torch.nn.Module], type[_Quantized]] = {
+    **{kind: quantized for quantized, kind in _FLOAT.items()},
+    torch.nn.RNN: QuantizedRNN,
+    torch.nn.LSTM: QuantizedLSTM,
+    torch.nn.GRU: QuantizedGRU,
+}
+
+
+def quantize_dynamic(model: torch.nn.Module, inplace: bool = False) -> torch.nn.Module:
+    """Puts layers with int8 weights in the place of a model's RNN, LSTM and GRU layers, for inference.
+
+    Layers of rnnkern.nn and of torch.nn become `rnnkern.nn.QuantizedRNN`, `QuantizedLSTM`, `QuantizedGRU`; see there
+    for what is computed. Subclasses of them, cells and all other modules stay as they are. Named after
+    `torch.ao.quantization.quantize_dynamic`, which rounds activations to 7 or 8 bits instead of 15 and a sign.
+
+    Args:
+        model: any module; a layer itself is possible, too.
+        inplace: change the model instead of a copy. A model that is a layer itself is replaced in either case: use what
+            is returned.
+
+    Returns:
+        The model with its layers replaced.
+
+    Raises:
+        ValueError: there is nothing to replace; a layer has `proj_size`, or parameters that are not float32 or not
+            finite.
+
+    Example:
+        >>> import torch, rnnkern
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), rnnkern.nn.GRU(16, 32)).eval()
+        >>> small = rnnkern.quantize_dynamic(model)
+        >>> type(small[1]).__name__, type(model[1]).__name__
+        ('QuantizedGRU', 'GRU')
+    """
+    replaced: dict[torch.nn.Module, torch.nn.Module] = {}
+    for path, module in model.named_modules():
+        quantized = _QUANTIZED.get(type(module))
+        if quantized is not None:
+            assert isinstance(module, torch.nn.RNNBase)
+            try:
+                replaced[module] = quantized.from_float(module)
+            except ValueError as error:
+                raise ValueError(f"{path or type(module).__name__}: {error}") from None
+    if not replaced:
+        raise ValueError("the model holds no RNN, LSTM or GRU layer to quantize")
+    if model in replaced:
+        return replaced[model]
+    if not inplace:  # a copy that takes the new layers for copies of the old ones, which it never makes
+        return copy.deepcopy(model, {id(module): new for module, new in replaced.items()})
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child in replaced:
+                setattr(module, name, replaced[child])
+    return model
