@@ -15,7 +15,7 @@ from rnnkern._bench.cases import OURS, TORCH, Case, modules, runner
 Build = Callable[[], Callable[[], object]]
 INT8_UP_TO_BATCH = 8
 # How far torch.nn's results may be from ours, as a part of the largest.
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.int8: 5e-2}
 
 
 class PeerDisagrees(AssertionError):
@@ -71,19 +71,28 @@ def ours_as(**changes: object) -> Callable[[Case], Callable[[], object]]:
 
 def plain_forward(case: Case) -> bool:
     """Whether any runtime has it: a layer's forward in float32 over rows of one length."""
-    return not (case.training or case.single_step or case.ragged) and case.dtype == torch.float32
+    return plain(case) and case.dtype == torch.float32
+
+
+def plain(case: Case) -> bool:
+    """Whether it is a layer's forward over rows of one length."""
+    return not (case.training or case.single_step or case.ragged)
 
 
 PEERS = {
     "ONNX Runtime": Peer(plain_forward, lambda case: onnxruntime_runner(*exported(case)), 1e-3, own_threads=True),
     "OpenVINO": Peer(plain_forward, lambda case: openvino_runner(*exported(case)), 1e-3, own_threads=True),
     "torch int8": Peer(
-        lambda case: plain_forward(case) and case.cell in ("gru", "lstm") and case.B <= INT8_UP_TO_BATCH,
+        lambda case: (
+            plain(case) and case.values == torch.float32 and case.cell in ("gru", "lstm") and case.B <= INT8_UP_TO_BATCH
+        ),
         int8_runner,
         0.2,
     ),
     "rnnkern float32": Peer(
-        lambda case: case.dtype == torch.bfloat16 and not case.training, ours_as(dtype=torch.float32), 5e-2
+        lambda case: case.dtype in (torch.bfloat16, torch.int8) and not case.training,
+        ours_as(dtype=torch.float32),
+        5e-2,
     ),
     "rnnkern bfloat16": Peer(
         lambda case: case.dtype == torch.float16 and not case.training, ours_as(dtype=torch.bfloat16), 5e-2

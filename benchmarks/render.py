@@ -125,7 +125,8 @@ NOTE = (
     "the peer, the median of the paired ratios; below 1, we are slower. ONNX Runtime and OpenVINO run with as many "
     "threads as torch, on bound inputs and outputs. `of the floor` is the speed we reach as a part of the machine's "
     "limit (`rnnkern/_bench/floors.py`). `of its share` is our time over (valid steps / padded steps) x our padded "
-    "time: 1.00 wastes nothing; torch.nn gets the same rows as a PackedSequence."
+    "time: 1.00 wastes nothing; torch.nn gets the same rows as a PackedSequence. In rows of int8 our weights are int8; "
+    "torch.nn is in float32 there, and torch int8 is its dynamic quantization."
 )
 
 

@@ -178,7 +178,16 @@ def test_names_are_read_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lstm", "lstm-T1-B1-H8", "lstn-T1-B1-H8-eval", "lstm-T1-B0-H8-eval", "gru-T1-B1-H8-eval-"]
+    "name",
+    [
+        "lstm",
+        "lstm-T1-B1-H8",
+        "lstn-T1-B1-H8-eval",
+        "lstm-T1-B0-H8-eval",
+        "gru-T1-B1-H8-eval-",
+        "gru-T1-B1-H8-int8-train",
+        "gru-cell-B1-H8-int8-eval",
+    ],
 )
 def test_names_of_nothing(name: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(name))):

@@ -67,6 +67,8 @@ def test_onnx_states_are_carried(cell: str) -> None:
         (Case("rnn_relu", 9, 1, 6, 16), ["ONNX Runtime", "OpenVINO"]),
         (Case("gru", 9, 2, 6, 16, dtype=torch.bfloat16), ["rnnkern float32"]),
         (Case("lstm", 9, 2, 6, 16, dtype=torch.float16), ["rnnkern bfloat16"]),
+        (Case("lstm", 9, 2, 6, 16, layers=2, dtype=torch.int8), ["torch int8", "rnnkern float32"]),
+        (Case("gru", 9, 9, 6, 16, dtype=torch.int8), ["rnnkern float32"]),
         (Case("gru", 9, 4, 6, 16, ragged="lengths"), ["rnnkern padded"]),
         (Case("lstm", 9, 4, 6, 16, ragged="packed", training=True), ["rnnkern padded"]),
         (Case("lstm", 9, 4, 6, 16, training=True), []),

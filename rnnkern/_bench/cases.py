@@ -12,7 +12,12 @@ import rnnkern
 from rnnkern._bench.floors import Ceilings, floor_seconds
 
 CELLS = {"rnn_tanh": "RNN", "rnn_relu": "RNN", "gru": "GRU", "lstm": "LSTM"}
-DTYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}  # as names say them
+DTYPES = {  # as names say them
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+}
 OURS, TORCH = "rnnkern", "torch.nn"
 NAME = re.compile(
     rf"(?P<cell>{'|'.join(CELLS)})-(?:(?P<single_step>cell)|T(?P<T>\d+))-B(?P<B>\d+)-H(?P<H>\d+)(?:-I(?P<I>\d+))?"
@@ -25,6 +30,7 @@ NAME = re.compile(
 class Case:
     """What is run. With `single_step`, the modules are torch's cells (nn.LSTMCell, ...) and T is 1.
 
+    The dtype int8 is that of our module's weights, for inference; all else is float32 then, torch.nn's module too.
     `ragged` gives rows lengths of their own: "lengths" as our modules' argument, "packed" as a PackedSequence, which is
     what torch.nn gets in both.
     """
@@ -84,12 +90,24 @@ class Case:
         )
         if min(case.T, case.B, case.I, case.H, case.layers) < 1:
             raise ValueError(f"{name!r}: every size must be at least 1")
+        if case.quantized and (case.training or case.single_step):
+            raise ValueError(f"{name!r}: int8 is for layers in eval mode")
         return case
+
+    @property
+    def quantized(self) -> bool:
+        """Whether our module has int8 weights."""
+        return self.dtype == torch.int8
+
+    @property
+    def values(self) -> torch.dtype:
+        """The dtype of input, states and output."""
+        return torch.float32 if self.quantized else self.dtype
 
     def input(self) -> Tensor:
         """x [T, B, I], of a cell [B, I]."""
         shape = (self.B, self.I) if self.single_step else (self.T, self.B, self.I)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.values)
 
     def lengths(self) -> Tensor:
         """Steps of each row [B], in no order: of a ragged case T / 10 to T, one of them T; else T."""
@@ -121,9 +139,11 @@ def modules(case: Case) -> dict[str, nn.Module]:
         kwargs |= {"num_layers": case.layers, "bidirectional": case.bidirectional}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        theirs = getattr(nn, name)(case.I, case.H, **kwargs).to(case.dtype)
-    ours = getattr(rnnkern.nn, name)(case.I, case.H, **kwargs).to(case.dtype)
+        theirs = getattr(nn, name)(case.I, case.H, **kwargs).to(case.values)
+    ours = getattr(rnnkern.nn, name)(case.I, case.H, **kwargs).to(case.values)
     ours.load_state_dict(theirs.state_dict())
+    if case.quantized:
+        ours = rnnkern.quantize_dynamic(ours)
     # Without gradients nothing needs them, so that no call pays for a torch.no_grad of its own.
     return {
         name: module.train(case.training).requires_grad_(case.training)
