@@ -37,6 +37,7 @@ KINDS = ("gru", "lstm", "gru-cell", "lstm-cell")
 STEP, IN_PLACE, RUNTIME = "rnnkern step", "rnnkern step in place", "ONNX Runtime"
 PERIOD = 0.01
 CALLS, BLOCK = 150, 50
+WARM = 0.05  # seconds of calls before a measurement
 TIGHT, ASLEEP, AWAKE = "tight", "asleep", "awake"
 State = Any  # h, or the pair h, c
 Call = Callable[[], State]
@@ -156,7 +157,9 @@ def measure(calls: Mapping[str, Call], count: int, period: float) -> dict[str, d
     for _ in range(0, count, BLOCK):
         for name, call in calls.items():
             time.sleep(period)  # the threads of the one before come to rest
-            times(call, BLOCK, period, TIGHT)  # and these start
+            warm_until = time.perf_counter() + WARM
+            while time.perf_counter() < warm_until:  # and these start
+                call()
             for mode, values in taken[name].items():
                 values += times(call, 10 * BLOCK if mode == TIGHT else BLOCK, period, mode)
     return {

@@ -86,8 +86,8 @@ def test_steps_of_a_cell_equal_its_calls(kind: str, dtype: torch.dtype, batch: t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_steps_in_a_row_equal_the_whole_sequence(kind: str) -> None:
-    """Those that follow each other without a pause are divided among threads, the first ones are not."""
-    steps, size = 50, 400
+    """Those that follow each other without a pause for long are divided among threads, the first ones are not."""
+    steps, size = 400, 400
     module = getattr(rnnkern.nn, kind)(I, size, num_layers=2).eval()
     x = torch.randn(steps, 2, I)
     before = torch.get_num_threads()

@@ -18,43 +18,48 @@ int64_t nanoseconds() {
       .count();
 }
 
-// A thread's short calls in a row. Some run on one thread, and the later ones of them are timed; then some are divided
-// and timed likewise; then the better way holds for long.
+// A thread's short calls in a row. They run on one thread for longer than others take to wake, so that no row takes
+// much longer than it would alone; then some are divided, and the way that proves faster holds for long.
 class Row {
  public:
-  static constexpr int64_t kPause = 200000;  // ns
-  static constexpr int kTry = 16, kTimed = 8, kKeep = 4096;
+  static constexpr int64_t kPause = 200000, kAlone = 20000000;  // ns
+  static constexpr int kWaking = 8, kTry = 25, kKeep = 4096;    // calls
 
   // Whether a call that begins now is to be divided.
   bool begin(int64_t now) {
-    if (last_caller_.exchange(this) != this || now - last_ > kPause) start_over();
-    return calls_ >= kTry && alone_ == 0;
+    if (last_caller_.exchange(this) != this || now - last_ > kPause) start_over(now);
+    divided_ = now - start_ > kAlone && refused_ == 0;
+    return divided_;
   }
   void end(int64_t begin, int64_t now, double work) {
     last_ = now;
-    if (alone_ > 0) {
-      if (--alone_ == 0) start_over();
+    if (refused_ > 0) {
+      if (--refused_ == 0) start_over(now);
       return;
     }
-    const int phase = calls_ / kTry;
-    if (phase < 2 && calls_ % kTry >= kTry - kTimed) {
-      time_[phase] += double(now - begin);
-      work_[phase] += work;
+    const double time = double(now - begin);
+    if (!divided_) {
+      time_ += time;
+      work_ += work;
+    } else if (tried_ < kWaking + kTry && ++tried_ > kWaking) {
+      faster_ += time * work_ < time_ * work;
+      if (tried_ == kWaking + kTry && faster_ * 2 <= kTry) refused_ = kKeep;
     }
-    if (++calls_ == 2 * kTry && time_[1] * work_[0] > time_[0] * work_[1]) alone_ = kKeep;
-    if (calls_ == kKeep) start_over();
   }
 
  private:
-  void start_over() {
-    calls_ = 0;
-    time_[0] = time_[1] = work_[0] = work_[1] = 0;
+  void start_over(int64_t now) {
+    start_ = now;
+    tried_ = faster_ = 0;
+    time_ = work_ = 0;
   }
 
   static std::atomic<const void*> last_caller_;
-  int64_t last_ = 0;
-  int calls_ = 0, alone_ = 0;  // in this row; still to be made on one thread
-  double time_[2] = {}, work_[2] = {};
+  int64_t start_ = 0, last_ = 0;
+  bool divided_ = false;
+  int tried_ = 0, faster_ = 0;  // divided calls of this row, and those of them that beat the row's calls before
+  int refused_ = 0;             // calls to be made on one thread yet
+  double time_ = 0, work_ = 0;  // of this row's calls on one thread
 };
 std::atomic<const void*> Row::last_caller_{nullptr};
 thread_local Row row;

@@ -11,8 +11,8 @@ namespace rnnkern {
 RNNKERN_API ParallelFor torch_threads();
 
 // For a short call of so many multiply-adds, from here to the object's end. torch's threads spin for some milliseconds
-// after a parallel call, and take as long to wake after that: a call is divided only once a thread has made many
-// without a pause, and if that proves faster. Where threads outnumber the cores, it is several times slower.
+// after a parallel call, and take as long to wake after that: calls are divided only once a thread has made them
+// without a pause for 20 ms, and if that proves faster. Where threads outnumber the cores, it is several times slower.
 class RNNKERN_API ShortCallThreads {
  public:
   explicit ShortCallThreads(double work);
