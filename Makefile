@@ -78,7 +78,7 @@ ctest: tools
 sanitize: asan tsan
 
 # And those Python tests that have most to do with memory, on a copy of the package with sanitized kernels.
-asan_tests := $(foreach name,nn_step nn_short_calls nn_cell nn_recurrent packed_rows bad_input attention_errors,tests/test_$(name).py)
+asan_tests := $(foreach name,nn_step nn_short_calls nn_cell nn_recurrent nn_quantized int8 packed_rows bad_input attention_errors,tests/test_$(name).py)
 asan: build
 	@mkdir -p build; $(call ctest_in,build/asan,address$(comma)undefined,$(ARGS),-DRNNKERN_TORCH=ON \
 	  -DPython_EXECUTABLE="$(CURDIR)/$(python)" -DCMAKE_INSTALL_PREFIX="$(CURDIR)/build/asan/package/rnnkern"); \

@@ -250,6 +250,7 @@ def test_packs_notice_other_weights() -> None:
         lambda: layer.weights[1].copy_(other),
         lambda: layer.weights[0].data.mul_(-1),  # leaves no trace: the kernels' own sample finds it
         lambda: layer.weights[8].mul_(0.5),
+        lambda: layer.weights[9].data.mul_(0.5),
         lambda: layer.weights[3].add_(1),
     )
     for change in changes:

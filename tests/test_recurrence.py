@@ -27,6 +27,8 @@ SHAPES = [
     (7, 3, 10, 17, 2),
     (9, 33, 20, 33, 1),
     (19, 1, 40, 100, 1),
+    (1, 1, 12300, 16, 1),  # few rows, many columns: weight gradients in tiles, the last of them past the edge
+    (2, 1, 6150, 5, 1),
 ]  # T, B, I, H, D
 
 

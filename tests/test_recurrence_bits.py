@@ -30,6 +30,17 @@ def test_threads(cell: str, T: int, B: int, I: int, H: int, dtype: torch.dtype, 
             assert_same_bits(layer.run("cpu"), expected)
 
 
+@pytest.mark.parametrize("B", [8, 12])
+@pytest.mark.parametrize("cell", CELLS)
+def test_threads_with_a_few_equal_rows_each(cell: str, B: int, isa: str) -> None:
+    layer = make_layer(cell, 33, B, 20, 64)
+    with threads(1):
+        expected = layer.run("cpu")
+    for count in (2, 3):
+        with threads(count):
+            assert_same_bits(layer.run("cpu"), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_batch_around_a_row(cell: str, dtype: torch.dtype, isa: str) -> None:

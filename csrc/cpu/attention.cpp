@@ -10,7 +10,7 @@
 //
 // Scratch, per thread: a block's scores (two of them in backward), at most 64 Tk elements each; panels for a block of
 // queries and a tile of keys, at most (128 + 256) (D + Dv) elements; a few words per key. In all: 65 sums of
-// dL/dvector. Gradients of bfloat16 and float16 rows with several query blocks are summed in float, kSumRows keys at a
+// dL/dvector. Gradients of bfloat16 and float16 rows with several query blocks are summed in float, sum_rows keys at a
 // time, and scores are computed anew for each such chunk.
 #include "cpu/attention.h"
 
@@ -23,7 +23,6 @@ namespace {
 constexpr int64_t kQueryBlock = 64;  // queries that share a packed tile
 constexpr int64_t kLongRow = 4096;   // from so many keys on, fewer queries: their scores fill the cache
 constexpr int64_t kLongRowQueries = 8;
-constexpr int64_t kSumRows = 1024;   // keys whose 16-bit gradients are summed in float at a time
 constexpr int64_t kVectorSums = 64;  // partial sums of dL/dvector, each over consecutive batch rows
 
 // Whether so many queries read keys and values where they lie.
@@ -36,6 +35,11 @@ constexpr bool reads_in_place(int64_t queries) {
 int64_t query_block(const AttentionInputs& in) {
   const int64_t most = in.Tk < kLongRow ? kQueryBlock : kLongRowQueries;
   return ceil_div(in.Tq, max_of(int64_t(1), ceil_div(in.Tq, most)));
+}
+
+// Keys whose 16-bit gradients are summed in float at a time: 4 MiB of sums, so that scores are seldom computed anew.
+int64_t sum_rows(const AttentionInputs& in) {
+  return min_of(in.Tk, max_of(int64_t(1024), (int64_t(1) << 20) / max_of(int64_t(1), in.D + in.Dv)));
 }
 
 template <class S>
@@ -87,7 +91,7 @@ struct Scratch {
       dcontext = take_operand<S>(arena, in.Dv, queries, 0);
       dscores = arena.take<T>(queries * row);
       dquery = arena.take<T>(query.blocks * query.block_stride());
-      const int64_t sums = sizeof(S) < sizeof(T) && queries < in.Tq ? min_of(kSumRows, in.Tk) : 0;
+      const int64_t sums = sizeof(S) < sizeof(T) && queries < in.Tq ? sum_rows(in) : 0;
       dkey = arena.take<T>(sums * in.D);
       dvalue = arena.take<T>(sums * in.Dv);
       unwanted = arena.take<T>(additive ? round_up(in.D, kBlock) : 0);
@@ -349,8 +353,9 @@ void row_gradients(const AttentionInputs& in, const AttentionGradients& grad, in
   const Target<S> to_key{dkey, in.D, in.D, x.valid}, to_value{dvalue, in.Dv, in.Dv, x.valid};
   if constexpr (sizeof(S) < sizeof(T)) {
     if (block < in.Tq) {  // sums over query blocks are kept in float
-      for (int64_t begin = 0; begin < n; begin += kSumRows) {
-        const int64_t end = min_of(n, begin + kSumRows);
+      const int64_t rows = sum_rows(in);
+      for (int64_t begin = 0; begin < n; begin += rows) {
+        const int64_t end = min_of(n, begin + rows);
         row_gradients<S, kAdditive, T>(in, grad, b, n, begin, end, block, parallel, x, {x.dkey, in.D, in.D},
                                        {x.dvalue, in.Dv, in.Dv}, dvector);
         for (int64_t j = begin; j < end; ++j) {

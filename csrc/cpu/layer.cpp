@@ -28,7 +28,7 @@ constexpr int kSamples = 32;                // sampled elements per weight, see 
 constexpr int kFingerprint = 8 * kSamples;  // 64-bit words before the packed weights
 // Multiply-adds of the forward pass below which one thread runs alone. An idle thread takes milliseconds to wake, which
 // a stream of short calls would meet each time; training steps follow each other closely.
-constexpr double kSerialWork = 4e6, kSerialTrainingWork = 5e5;
+constexpr double kSerialTrainingWork = 5e5;
 constexpr double kMemberWork = 1e5;  // the least that a member is worth its share of the exchange for
 
 #define RNNKERN_NUMBER(cell, Struct) number_of_##cell,
@@ -121,7 +121,8 @@ void sample_words(const LayerInputs& in, int gates, uint64_t* samples) {
   const uint64_t mark = uint64_t(current_isa()) << 32;
   for (int d = 0; d < 2; ++d) {
     const LayerWeights& w = in.weights[d];
-    const void* data[4] = {w.w_ih, w.w_hh, w.b_ih, w.b_hh};
+    const void* const data[4] = {w.w_ih, w.w_hh, w.b_ih, w.b_hh};
+    const void* const scales[4] = {w.scale_ih, w.scale_hh, nullptr, nullptr};
     const uint64_t rows = uint64_t(gates * in.H),
                    counts[4] = {rows * uint64_t(in.I), rows * uint64_t(in.H), rows, rows};
     for (int i = 0; i < 4; ++i, samples += kSamples) {
@@ -130,8 +131,11 @@ void sample_words(const LayerInputs& in, int gates, uint64_t* samples) {
         continue;
       }
       for (uint64_t s = 0; s < kSamples; ++s) {
-        const uint64_t at = uint64_t(static_cast<unsigned __int128>((s + 1) * 0x9e3779b97f4a7c15) * counts[i] >> 64);
-        samples[s] = (i < 2 ? word_at<Matrix>(data[i], at) : word_at<Word>(data[i], at)) ^ mark;
+        const auto at = [&](uint64_t count) {
+          return uint64_t(static_cast<unsigned __int128>((s + 1) * 0x9e3779b97f4a7c15) * count >> 64);
+        };
+        samples[s] = (i < 2 ? word_at<Matrix>(data[i], at(counts[i])) : word_at<Word>(data[i], at(counts[i]))) ^ mark;
+        if (scales[i]) samples[s] ^= word_at<Word>(scales[i], at(rows)) << 8;
       }
     }
   }

@@ -64,8 +64,8 @@ struct LayerGradients {
   bool need_dw;
 };
 
-// Multiply-adds from which a forward call is divided among threads that are awake.
-constexpr double kWorthAwakeThreads = 2e5;
+// Multiply-adds from which a forward call is divided among threads, and among those that are awake.
+constexpr double kSerialWork = 4e6, kWorthAwakeThreads = 2e5;
 
 struct CellTraits {
   std::string name;

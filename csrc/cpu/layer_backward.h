@@ -80,7 +80,9 @@ class Backward {
                    : nullptr;
     }
     weights_.place(arena);
-    const int64_t panel = kPanelBlocks * min_of(kPanelRows, max_of(in_.B, longest * in_.B)) * kBlock;
+    // Also what weights_ takes for the tiles past a weight's last column.
+    const int64_t panel = max_of(kPanelBlocks * min_of(kPanelRows, max_of(in_.B, longest * in_.B)) * kBlock,
+                                 int64_t(weights_.kPanel) * kBlock * kBlock);
     for (int i = 0; i < plan.members; ++i) {
       T* half0 = arena.take<T>(size_t(panel));
       T* half1 = arena.take<T>(size_t(panel));

@@ -162,8 +162,11 @@ template <class S>
 RNNKERN_FN Vec<Compute<S>> load_for_packing(const StoredWeight<S>* p, int n) {
   if constexpr (kQuantized<Element<S>>) {
     Vec<float> weights(0.0f);
-    if (n == kVectorBytes) return Vec<float>::load(reinterpret_cast<const float*>(p));
-    memcpy(&weights, p, size_t(n));
+    if (n == kVectorBytes) {
+      memcpy(&weights, p, kVectorBytes);
+    } else {
+      memcpy(&weights, p, size_t(n));
+    }
     return weights;
   } else {
 #ifdef __AVX512BF16__

@@ -1,5 +1,6 @@
 // The attention kernels against plain double loops: scores, dtypes, lengths, masks, odd sizes, threads, padding never
 // read; and queries alone against the same queries together.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -181,7 +182,7 @@ void compare(const char* what, const std::vector<double>& actual, const std::vec
   for (size_t i = 0; i < actual.size(); ++i) {
     size = std::max(size, std::fabs(expected[i]));
     const double error = std::fabs(actual[i] - expected[i]);
-    if (!(error <= worst)) worst = error;
+    worst = error == error ? std::max(worst, error) : std::numeric_limits<double>::infinity();
   }
   const Case& c = p.c;
   CHECK(worst <= tolerance * size,

@@ -181,7 +181,7 @@ PyObject* ShortCall::run(Form form, PyObject* parameters, PyObject* input, PyObj
   bool ran = false;
   const double work = stack_work(stack, call.T, call.B);
   const auto kernels = [&] {
-    if (work < kWorthAwakeThreads) {
+    if (work < kWorthAwakeThreads || work >= kSerialWork) {
       ran = run_stack(stack, call, torch_threads());
     } else {
       const ShortCallThreads threads(work);
@@ -217,17 +217,28 @@ struct ShortCallObject {
 
 const ShortCall& call_of(PyObject* self) { return *reinterpret_cast<ShortCallObject*>(self)->call; }
 
+// Runs a call; what C++ throws becomes Python's exception.
+template <class... Arguments>
+PyObject* guarded(PyObject* self, Arguments... arguments) {
+  try {
+    return call_of(self).run(arguments...);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
 PyObject* sequence(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (wrong_count("ShortCall.sequence", 4, count)) return nullptr;
-  return call_of(self).run(Form::sequence, args[0], args[1], args[2], Py_None, false, args[3] == Py_True);
+  return guarded(self, Form::sequence, args[0], args[1], args[2], Py_None, false, args[3] == Py_True);
 }
 PyObject* step(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (wrong_count("ShortCall.step", 5, count)) return nullptr;
-  return call_of(self).run(Form::step, args[0], args[1], args[2], args[3], args[4] == Py_True, false);
+  return guarded(self, Form::step, args[0], args[1], args[2], args[3], args[4] == Py_True, false);
 }
 PyObject* cell(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (wrong_count("ShortCall.cell", 4, count)) return nullptr;
-  return call_of(self).run(Form::cell, args[0], args[1], args[2], Py_None, args[3] == Py_True, false);
+  return guarded(self, Form::cell, args[0], args[1], args[2], Py_None, args[3] == Py_True, false);
 }
 
 // ShortCall(cell, parameters, names of every layer's weights, packs): the weights as they are now, which are those of

@@ -26,8 +26,11 @@ class Row {
   static constexpr int kWaking = 8, kTry = 25, kKeep = 4096;    // calls
 
   // Whether a call that begins now is to be divided.
-  bool begin(int64_t now) {
-    if (last_caller_.exchange(this) != this || now - last_ > kPause) start_over(now);
+  bool begin(int64_t now, int threads) {
+    const bool same = last_caller_.exchange(this) == this && threads == threads_;
+    if (threads != threads_) refused_ = 0;
+    threads_ = threads;
+    if (!same || now - last_ > kPause) start_over(now);
     divided_ = now - start_ > kAlone && refused_ == 0;
     return divided_;
   }
@@ -56,6 +59,7 @@ class Row {
 
   static std::atomic<const void*> last_caller_;
   int64_t start_ = 0, last_ = 0;
+  int threads_ = 0;
   bool divided_ = false;
   int tried_ = 0, faster_ = 0;  // divided calls of this row, and those of them that beat the row's calls before
   int refused_ = 0;             // calls to be made on one thread yet
@@ -66,12 +70,11 @@ thread_local Row row;
 
 }  // namespace
 
-ShortCallThreads::ShortCallThreads(double work) : work_(work), begin_(nanoseconds()), awake_(row.begin(begin_)) {}
-ShortCallThreads::~ShortCallThreads() { row.end(begin_, nanoseconds(), work_); }
-ParallelFor ShortCallThreads::get() const {
-  ParallelFor threads = torch_threads();
-  threads.awake = awake_;
-  return threads;
+ShortCallThreads::ShortCallThreads(double work) : work_(work), begin_(nanoseconds()), threads_(torch_threads()) {
+  if (threads_.threads > 1) threads_.awake = row.begin(begin_, threads_.threads);
+}
+ShortCallThreads::~ShortCallThreads() {
+  if (threads_.threads > 1) row.end(begin_, nanoseconds(), work_);
 }
 
 ParallelFor torch_threads() {

@@ -18,12 +18,12 @@ class RNNKERN_API ShortCallThreads {
   explicit ShortCallThreads(double work);
   ShortCallThreads(const ShortCallThreads&) = delete;
   ~ShortCallThreads();
-  ParallelFor get() const;
+  const ParallelFor& get() const { return threads_; }
 
  private:
   const double work_;
   const int64_t begin_;
-  bool awake_;
+  ParallelFor threads_;
 };
 
 }  // namespace rnnkern
