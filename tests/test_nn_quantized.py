@@ -202,6 +202,18 @@ def test_what_quantizing_replaces() -> None:
         rnnkern.quantize_dynamic(model)
 
 
+def test_subclasses() -> None:
+    class Mine(QuantizedGRU):
+        pass
+
+    module = rnnkern.nn.GRU(I, H)
+    mine = Mine.from_float(module)
+    assert type(mine) is Mine
+    assert_same(mine, QuantizedGRU.from_float(module))
+    with pytest.raises(TypeError, match=r"Mine.from_float takes a float GRU, got LSTM"):
+        Mine.from_float(torch.nn.LSTM(I, H))
+
+
 def test_what_cannot_be_quantized() -> None:
     refused = {
         r"0: QuantizedLSTM has no proj_size, got 3": rnnkern.nn.LSTM(I, H, proj_size=3),
@@ -231,14 +243,71 @@ def test_bad_calls() -> None:
     with pytest.raises(RuntimeError, match="int8 weights have no gradient"):
         quantized(x.clone().requires_grad_())
     quantized(x)  # gradients are enabled, but nobody wants one
-    with pytest.raises(ValueError, match=r"RNN input dtype \(torch.float64\) does not match weight dtype"):
-        quantized(x.double())
+    for dtype in (torch.float64, torch.float16):
+        message = rf"input must have dtype torch.float32 for QuantizedLSTM, got {dtype}"
+        for wrong in (x.to(dtype), pack_padded_sequence(x.to(dtype), torch.tensor([T, T, 1]))):
+            with pytest.raises(ValueError, match=message):
+                quantized(wrong)
     with pytest.raises(RuntimeError, match=r"input.size.* must be equal to input_size. Expected 40, got 39"):
         quantized(x[:, :, 1:])
     with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size"):
         quantized(x, (torch.zeros(1, B + 1, H), torch.zeros(1, B, H)))
+    quantized.bias_ih_l0 = quantized.bias_ih_l0.half()
     with pytest.raises(RuntimeError, match=r"bias_ih must have the dtype of input. Expected torch.float32"):
-        quantized.half()(x)
+        quantized(x)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.double(), lambda m: m.to("cpu", torch.bfloat16)])
+def test_casts_leave_the_dtypes(cast: Any) -> None:
+    _, quantized = make("GRU")
+    before = copy.deepcopy(quantized)
+    model = torch.nn.Sequential(torch.nn.Linear(I, I), quantized)
+    cast(model)
+    assert model[0].weight.dtype != torch.float32
+    for name, buffer in quantized.state_dict().items():
+        assert torch.equal(buffer, before.state_dict()[name])
+    assert_same(quantized, before)
+    moved = quantized.to("meta", torch.float16)
+    assert {buffer.device.type for buffer in moved.buffers()} == {"meta"}
+    assert {buffer.dtype for buffer in moved.buffers()} == {torch.int8, torch.float32}
+
+
+@needs_kernels
+@pytest.mark.parametrize("float_too", [False, True])
+def test_modules_made_in_inference_mode_have_packs(float_too: bool) -> None:
+    module = rnnkern.nn.GRU(I, H)
+    with torch.inference_mode():
+        model = torch.nn.Sequential(rnnkern.nn.GRU(I, H) if float_too else module, torch.nn.Linear(H, H))
+        made = [
+            QuantizedGRU(I, H),
+            QuantizedGRU.from_float(model[0]),
+            rnnkern.quantize_dynamic(model)[0],
+            rnnkern.quantize_dynamic(model[0]),
+        ]
+        assert not any(tensor.is_inference() for tensor in rnnkern.quantize_dynamic(model)[1].parameters())
+        for quantized in made:
+            assert not any(buffer.is_inference() for buffer in quantized.buffers())
+            quantized.step(torch.randn(B, I))
+            assert quantized._packs.short is not None
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("warm", [False, True], ids=["", "packed before"])
+def test_a_trace_reads_the_weights(warm: bool) -> None:
+    (_, quantized), (_, other) = make("LSTM", num_layers=2), make("LSTM", num_layers=2)
+    x = torch.randn(T, B, I)
+    with torch.no_grad():
+        if warm:
+            quantized(x)
+        traced = torch.jit.trace(quantized, (x,))
+        assert torch.equal(traced(-x)[0], quantized(-x)[0])
+        traced.load_state_dict(other.state_dict())
+        assert torch.equal(traced(x)[0], other(x)[0])
+    graph = str(traced.inlined_graph)
+    assert "rnnkern::layer_int8" in graph
+    assert "value=<Tensor>" not in graph  # a pack
 
 
 def test_autocast_leaves_float32() -> None:

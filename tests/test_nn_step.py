@@ -194,18 +194,31 @@ def test_what_cannot_be_written_is_refused(name: str, warm: bool) -> None:
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["ordinary route", "short call"])
-@pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
+@pytest.mark.parametrize("kind", ["GRU", "GRUCell", "QuantizedRNN", "QuantizedGRU"])
 def test_a_weight_is_not_written_over(kind: str, warm: bool) -> None:
-    module, x = make(kind), torch.randn(B, I)
-    weight = module.weight_hh if kind == "GRUCell" else module.weight_hh_l0
-    before, part = weight.detach().clone(), weight.detach()[1 : 1 + B]
+    module, x = make(kind), torch.randn(1, I)
+    weights = [w for w in (*module.parameters(), *module.buffers()) if w.dtype == torch.float32]
+    assert len(weights) == 4  # int8 weights have scales
     with torch.no_grad():
         for _ in range(3 if warm else 0):
             module.step(x)
-        arguments: dict[str, Any] = {"out": part} if kind == "GRU" else {"hx": part, "inplace": True}
-        with pytest.raises(RuntimeError, match=r"(hx|out) cannot be written in place: it shares memory with weight_hh"):
-            module.step(x, **arguments)
-    assert torch.equal(weight, before)
+        for weight in weights:
+            before, part = weight.clone(), weight.detach().view(-1)[:H].view(1, H)
+            arguments: dict[str, Any] = {"hx": part, "inplace": True} if kind == "GRUCell" else {"out": part}
+            with pytest.raises(RuntimeError, match=r"(hx|out) cannot be .*: it shares memory with (weight|bias)_[ih]h"):
+                module.step(x, **arguments)
+            assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "QuantizedGRU"])
+def test_a_state_may_be_a_buffer_of_the_module(kind: str) -> None:
+    module, x = make(kind), torch.randn(B, I)
+    module.register_buffer("state", torch.ones(1, B, H))
+    with torch.no_grad():
+        for _ in range(4):
+            expected = module.step(x, module.state.clone())[1]
+            module.step(x, module.state, inplace=True)
+            assert torch.equal(module.state, expected)
 
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTMCell"])
@@ -238,12 +251,12 @@ def test_projections_and_dropout_take_the_ordinary_route() -> None:
             torch.testing.assert_close(module.step(x[t], state, inplace=True)[0], expected[t])
 
 
-@pytest.mark.parametrize("kind", ["GRU", "LSTMCell"])
+@pytest.mark.parametrize("kind", ["GRU", "LSTMCell", "QuantizedGRU"])
 def test_compiled_without_a_graph_break(kind: str) -> None:
     module = make(kind)
     run = torch.compile(module.step, fullgraph=True, backend="aot_eager")
     x = torch.randn(B, I)
-    state = zero_state(kind, *((1, B) if kind == "GRU" else (B,)))
+    state = zero_state(kind, *((B,) if kind == "LSTMCell" else (1, B)))
     with torch.no_grad():
         for _ in range(3):
             module.step(x, state)

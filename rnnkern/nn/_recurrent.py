@@ -1,6 +1,6 @@
 """What RNN, LSTM and GRU share: the parameters of the stack, torch's checks, the layers, and PackedSequence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ class _Recurrent(torch.nn.RNNBase):
     _packs: PackCache
     _pack_cache: type[PackCache] = PackCache
     _recurrence: Callable[..., Outputs] = staticmethod(recurrence)
-    _in_buffers = False  # whether weights are buffers instead of parameters
     _two_states: bool  # h and c, as LSTM has; every other cell of two states takes hx in LSTM's form
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
@@ -61,8 +60,16 @@ class _Recurrent(torch.nn.RNNBase):
         replica._packs = self._pack_cache()
         return replica
 
+    def _weight_tensors(self) -> dict[str, Any]:
+        """Where this module keeps its weights, by name."""
+        return self._parameters
+
+    def _named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        """What the layers read, of parametrizations too."""
+        return self.named_parameters()
+
     def _prepare_short(self) -> None:
-        self._packs.prepare(self.mode.lower(), self._parameters, self._all_weights)
+        self._packs.prepare(self.mode.lower(), self._weight_tensors(), self._all_weights)
 
     def _short(self, input: Any, hx: Any) -> Any:
         """The result of a short call without gradients; None if it is another, for which the ordinary route is."""
@@ -71,8 +78,7 @@ class _Recurrent(torch.nn.RNNBase):
         short = self._packs.short
         if short is None or self.training:
             return None
-        tensors = self._buffers if self._in_buffers else self._parameters
-        result = short.sequence(tensors, input, hx, self.batch_first)
+        result = short.sequence(self._weight_tensors(), input, hx, self.batch_first)
         if result is None or not self.batch_first or input.dim() == 2:
             return result
         return result[0].transpose(0, 1), result[1]
@@ -118,8 +124,7 @@ class _Recurrent(torch.nn.RNNBase):
         if not torch.compiler.is_dynamo_compiling():
             short = self._packs.short
             if short is not None and not self.training:
-                tensors = self._buffers if self._in_buffers else self._parameters
-                result: tuple[Tensor, Any] | None = short.step(tensors, input, hx, out, inplace)
+                result: tuple[Tensor, Any] | None = short.step(self._weight_tensors(), input, hx, out, inplace)
                 if result is not None:
                     return result
         if self.bidirectional:
@@ -132,7 +137,7 @@ class _Recurrent(torch.nn.RNNBase):
         time = 1 if self.batch_first and rank == 2 else 0
         y, state = self.forward(input.unsqueeze(time), hx)
         y = y.squeeze(time)
-        write_step(self, input, hx, state, inplace, y, out)
+        write_step(self._named_weights, input, hx, state, inplace, y, out)
         return y if out is None else out, hx if inplace else state
 
     def _layer_weights(self, layer: int) -> tuple[Weights, tuple[Tensor | None, ...]]:

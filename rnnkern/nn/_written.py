@@ -1,6 +1,6 @@
 """Tensors that a step writes in place, where the kernels do not do it themselves: checked, then copied into."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ def named_state(hx: Any) -> dict[str, Tensor]:
 
 
 def write_step(
-    module: torch.nn.Module,
+    named_weights: Callable[[], Iterable[tuple[str, Tensor]]],  # what the step reads besides its arguments
     input: Tensor,
     hx: Any,
     state: Any,
@@ -23,7 +23,7 @@ def write_step(
     y: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    """Writes what a module's step was asked to: the new state into hx, y into `out`; nothing unless all can be written.
+    """Writes what a step was asked to: the new state into hx, y into `out`; nothing unless all can be written.
 
     Raises:
         ValueError: there is no state to write.
@@ -42,7 +42,7 @@ def write_step(
         written |= named_state(hx)
         values += [state] if isinstance(state, Tensor) else state
     if written:
-        write(written, {"input": input} | named_state(hx) | dict(module.named_parameters()), values)
+        write(written, {"input": input} | named_state(hx) | dict(named_weights()), values)
 
 
 def write(

@@ -101,7 +101,7 @@ class _Cell(torch.nn.RNNCellBase):
         if result is not None:
             return result
         result = self.forward(input, hx)
-        write_step(self, input, hx, result, inplace)
+        write_step(self.named_parameters, input, hx, result, inplace)
         return hx if inplace else result
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Any]:

@@ -1,6 +1,7 @@
 """RNN, LSTM and GRU with int8 weights for inference, and what makes them of float models."""
 
 import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,13 +19,16 @@ _ABOUT = """
     a row of h, to 15 bits and a sign, multiply and sum integers exactly, and keep all else in float32, the states too:
     what sets the result apart from the float layer's is the rounding of the weights. A row whose input or h holds an
     infinity or NaN gives NaN from there on. `rnnkern.quantize_dynamic` makes such layers of all those of a model.
+    Off the CPU, or where the kernels are absent, each call makes float32 weights of them and multiplies by those.
 
     Arguments, keywords, results and `step` are the float layer's. There are no gradients. Weights, their scales
     (`weight_ih_l0_scale`, ...) and biases are buffers. A new module is in eval mode and has zero weights, to be loaded
-    by `load_state_dict`; `from_float` rounds those of a float layer.
+    by `load_state_dict`; `from_float` rounds those of a float layer. Input and states are float32; `half`, `double` and
+    `to(dtype)` change no dtype, as with torch's dynamically quantized layers.
 
     Raises:
-        ValueError: what the float layer raises; `proj_size` or a dtype other than float32 is asked for.
+        ValueError: what the float layer raises; `proj_size` or a dtype other than float32 is asked for; the input
+            is not float32.
         RuntimeError: what the float layer raises; a gradient is wanted.
 """
 
@@ -34,8 +38,9 @@ class _Quantized(_Recurrent):
 
     _pack_cache = Int8PackCache
     _recurrence = staticmethod(recurrence_int8)
-    _in_buffers = True
+    _float: type[_Recurrent]  # the class in whose place this one stands
 
+    @torch.inference_mode(False)  # else buffers had no version, and could not be packed
     def __init__(self, *args: Any, device: torch.device | str | None = None, **kwargs: Any) -> None:
         name = type(self).__name__
         if kwargs.get("dtype") not in (None, torch.float32):
@@ -57,6 +62,7 @@ class _Quantized(_Recurrent):
         self.eval()
 
     @classmethod
+    @torch.inference_mode(False)
     def from_float(cls, module: torch.nn.RNNBase) -> Self:
         """Rounds the weights of a layer of torch.nn or rnnkern.nn; the layer itself stays as it is.
 
@@ -64,8 +70,8 @@ class _Quantized(_Recurrent):
             TypeError: the layer is of another kind.
             ValueError: it has `proj_size`, or parameters that are not float32, infinite or NaN.
         """
-        kind = cls.__name__.removeprefix("Quantized")
-        if not isinstance(module, getattr(torch.nn, kind) | _FLOAT[cls]) or isinstance(module, _Quantized):
+        kind = cls._float.__name__
+        if not isinstance(module, getattr(torch.nn, kind) | cls._float) or isinstance(module, _Quantized):
             raise TypeError(f"{cls.__name__}.from_float takes a float {kind}, got {type(module).__name__}")
         names = [name for names in module._all_weights for name in names]
         parameters: dict[str, Tensor] = {name: getattr(module, name) for name in names}
@@ -95,6 +101,28 @@ class _Quantized(_Recurrent):
         quantized._init_flat_weights()
         return quantized
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Lets `fn` move the tensors, but not change their dtypes: the kernels have no others."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Checks what torch checks, but does not advise to convert the module."""
+        if input.dtype != torch.float32 and not torch._C._is_any_autocast_enabled():
+            raise ValueError(f"input must have dtype torch.float32 for {type(self).__name__}, got {input.dtype}")
+        super().check_input(input, batch_sizes)
+
+    def _weight_tensors(self) -> dict[str, Any]:
+        return self._buffers
+
+    def _named_weights(self) -> Iterable[tuple[str, Tensor]]:
+        names = [*(name for names in self._all_weights for name in names), *self._flat_weights_names]
+        return [(name, getattr(self, name)) for name in names]  # without a subclass's own buffers, such as a state
+
     def _dtype(self, weight: Tensor) -> torch.dtype:
         return torch.float32
 
@@ -111,7 +139,7 @@ class _Quantized(_Recurrent):
 
     def _prepare_short(self) -> None:
         names = [[*layer, *(f"{name}_scale" for name in layer[:2])] for layer in self._all_weights]
-        self._packs.prepare(self.mode.lower(), self._buffers, names)
+        self._packs.prepare(self.mode.lower(), self._weight_tensors(), names)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         errors: list[str] = args[-1]
@@ -127,7 +155,11 @@ class _Quantized(_Recurrent):
 
 class QuantizedRNN(_Quantized, RNN):  # noqa: D101, it has one
     __doc__ = f"""Elman network with int8 weights, for inference in the place of `rnnkern.nn.RNN`.
+
+    h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu in the place of tanh (`nonlinearity="relu"`).
 {_ABOUT}
+    Source: Elman 1990, https://doi.org/10.1207/s15516709cog1402_1.
+
     Example:
         >>> import torch, rnnkern
         >>> rnn = rnnkern.nn.QuantizedRNN.from_float(rnnkern.nn.RNN(10, 20))
@@ -137,10 +169,16 @@ class QuantizedRNN(_Quantized, RNN):  # noqa: D101, it has one
         (torch.Size([5, 3, 20]), torch.int8)
     """
 
+    _float = RNN
+
 
 class QuantizedLSTM(_Quantized, LSTM):  # noqa: D101, it has one
     __doc__ = f"""Long short-term memory with int8 weights, for inference in the place of `rnnkern.nn.LSTM`.
+
+    i, f, o = sigmoid(W x + b + U h + b'), g = tanh(W_g x + b_g + U_g h + b_g'), c' = f c + i g, h' = o tanh(c').
 {_ABOUT}
+    Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000.
+
     Example:
         >>> import torch, rnnkern
         >>> lstm = rnnkern.nn.QuantizedLSTM.from_float(torch.nn.LSTM(10, 20, bidirectional=True))
@@ -150,10 +188,16 @@ class QuantizedLSTM(_Quantized, LSTM):  # noqa: D101, it has one
         (torch.Size([5, 3, 40]), torch.Size([80]))
     """
 
+    _float = LSTM
+
 
 class QuantizedGRU(_Quantized, GRU):  # noqa: D101, it has one
     __doc__ = f"""Gated recurrent unit with int8 weights, for inference in the place of `rnnkern.nn.GRU`.
+
+    r, z = sigmoid(W x + b + U h + b'), n = tanh(W_n x + b_n + r (U_n h + b_n')), h' = (1 - z) n + z h.
 {_ABOUT}
+    Source: Cho et al. 2014, https://arxiv.org/abs/1406.1078, in cuDNN's form.
+
     Example:
         >>> import torch, rnnkern
         >>> gru = rnnkern.nn.QuantizedGRU.from_float(rnnkern.nn.GRU(10, 20, batch_first=True))
@@ -163,23 +207,26 @@ class QuantizedGRU(_Quantized, GRU):  # noqa: D101, it has one
         (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
     """
 
+    _float = GRU
 
-_FLOAT: dict[type[_Quantized], type[_Recurrent]] = {QuantizedRNN: RNN, QuantizedLSTM: LSTM, QuantizedGRU: GRU}
+
 # By exact type: a subclass may compute something else.
 _QUANTIZED: dict[type[torch.nn.Module], type[_Quantized]] = {
-    **{kind: quantized for quantized, kind in _FLOAT.items()},
+    **{quantized._float: quantized for quantized in (QuantizedRNN, QuantizedLSTM, QuantizedGRU)},
     torch.nn.RNN: QuantizedRNN,
     torch.nn.LSTM: QuantizedLSTM,
     torch.nn.GRU: QuantizedGRU,
 }
 
 
+@torch.inference_mode(False)
 def quantize_dynamic(model: torch.nn.Module, inplace: bool = False) -> torch.nn.Module:
     """Puts layers with int8 weights in the place of a model's RNN, LSTM and GRU layers, for inference.
 
     Layers of rnnkern.nn and of torch.nn become `rnnkern.nn.QuantizedRNN`, `QuantizedLSTM`, `QuantizedGRU`; see there
-    for what is computed. Subclasses of them, cells and all other modules stay as they are. Named after
-    `torch.ao.quantization.quantize_dynamic`, which rounds activations to 7 or 8 bits instead of 15 and a sign.
+    for what is computed. Subclasses of them, cells and all other modules stay as they are. Hooks of the layers that are
+    replaced are not carried over. Named after `torch.ao.quantization.quantize_dynamic`, which rounds activations to 7
+    or 8 bits instead of 15 and a sign.
 
     Args:
         model: any module; a layer itself is possible, too.

@@ -118,7 +118,8 @@ def recurrence_int8(
             return_states=return_states,
         )
     packed = key = None
-    if packs is not None and not torch.compiler.is_compiling():
+    # A pack would be a constant of torch.jit.trace's graph, which is to read the module's weights.
+    if packs is not None and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
         key, packed = packs.find(layer, weights)
     if packed is None:  # a pack was checked when it was made
         check_weights(x, weights, cell, h0, h0, matrices=torch.int8)
