@@ -9,7 +9,7 @@
 // block: scores by keys, the softmax by queries, sums by columns. No sum is cut, so the bits are the same.
 //
 // Scratch, per thread: a block's scores (two of them in backward), at most 64 Tk elements each; panels for a block of
-// queries and a tile of keys, at most (128 + 256) (D + Dv) elements; a few words per key. In all: 65 sums of
+// queries and a tile of keys, at most (128 + 512) max(D, Dv) elements; a few words per key. In all: 65 sums of
 // dL/dvector. Gradients of bfloat16 and float16 rows with several query blocks are summed in float, sum_rows keys at a
 // time, and scores are computed anew for each such chunk.
 #include "cpu/attention.h"
