@@ -8,7 +8,8 @@
 //
 // Canonical order of summation (results are bitwise the same for any team, batch around a row, or cut of a sequence):
 // a product over hidden units is cut in two at a unit block (half_cut); each half, and the product over the inputs, is
-// summed in runs (kRunOf), each one chain of multiply-adds in order; runs are added in order, then the halves.
+// summed in runs of kRun (of int8 512), each one chain of multiply-adds in order; runs are added in order, then the
+// halves.
 #pragma once
 
 #include "cpu/convert.h"
