@@ -39,6 +39,13 @@ PERIOD = 0.01
 CALLS, BLOCK = 150, 50
 WARM = 0.05  # seconds of calls before a measurement
 TIGHT, ASLEEP, AWAKE = "tight", "asleep", "awake"
+HEAD = (
+    "",
+    "",
+    *(f"{mode}: {what}" for mode in (TIGHT, ASLEEP, AWAKE) for what in ("median, us", "p99")),
+    *(f"p99, {mode} / {TIGHT}" for mode in (ASLEEP, AWAKE)),
+    f"{TIGHT} median / ours",
+)
 State = Any  # h, or the pair h, c
 Call = Callable[[], State]
 
@@ -200,9 +207,6 @@ def figures(entry: dict[str, Any]) -> list[list[str]]:
 
 def markdown(result: dict[str, Any]) -> str:
     """The table of each number of threads."""
-    modes = (TIGHT, ASLEEP, AWAKE)
-    head = ["", "", *(f"{mode}: {what}" for mode in modes for what in ("median, us", "p99"))]
-    head += [f"p99, {ASLEEP} / {TIGHT}", f"p99, {AWAKE} / {TIGHT}", f"{TIGHT} median / ours"]
     note = (
         "Microseconds of one step per call, B=1, input size = H, no gradients, the state carried from call to call: in "
         f"a loop (`{TIGHT}`) and every {1e3 * result['period']:g} ms, where the thread sleeps in between (`{ASLEEP}`) "
@@ -213,7 +217,7 @@ def markdown(result: dict[str, Any]) -> str:
     for section in result["sections"]:
         lines = [line for entry in section["rows"] for line in figures(entry)]
         threads = f"{section['threads']} thread" + ("s" if section["threads"] > 1 else "")
-        parts += [f"## {threads}", table(head, lines)]
+        parts += [f"## {threads}", table(list(HEAD), lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -242,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     head = environment()
     own = head["machine"]["threads"]
     sections = []
+    print("  ".join(HEAD))
     for threads in arguments.threads or [own]:
         torch.set_num_threads(threads)
         section: dict[str, Any] = {"threads": threads, "rows": []}

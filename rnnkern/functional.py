@@ -68,7 +68,8 @@ def attention(
     - ``Additive(vector, query_weight, key_weight, bias)``: v . tanh(W_q q + W_k k + b)
 
     The CPU kernels never hold a B x Tq x Tk x A tensor, nor keep a B x Tq x Tk one for the backward pass. Sums are
-    float32 for bfloat16 and float16. Results do not depend on the number of threads. tanh comes from the exponentials
+    float32 for bfloat16 and float16. Results do not depend on the number of threads, but for torch's own products with
+    the weights of `General` and `Additive`. tanh comes from the exponentials
     of query and key apart where both lie within +-10 (float64: +-80), and from their sum elsewhere.
 
     A row without a valid key (a length of zero, a mask that is all True, or Tk = 0) has zero weights, zero context and

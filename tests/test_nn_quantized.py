@@ -360,3 +360,12 @@ def test_packed_sequences_keep_their_form() -> None:
     packed = pack_padded_sequence(torch.randn(T, B, I), torch.tensor([6, 4, 1]))
     with torch.no_grad():
         assert isinstance(quantized(packed)[0], PackedSequence)
+
+
+def test_weights_that_others_make_are_refused() -> None:
+    with pytest.warns(FutureWarning):
+        model = torch.nn.utils.weight_norm(torch.nn.GRU(8, 8), "weight_hh_l0")
+    with pytest.raises(ValueError, match="weight_hh_l0 must be a parameter"):
+        rnnkern.quantize_dynamic(torch.nn.Sequential(model))
+    with pytest.raises(TypeError, match="model must be a module, got dict"):
+        rnnkern.quantize_dynamic({})  # type: ignore[arg-type]

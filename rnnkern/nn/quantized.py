@@ -76,6 +76,10 @@ class _Quantized(_Recurrent):
         names = [name for names in module._all_weights for name in names]
         parameters: dict[str, Tensor] = {name: getattr(module, name) for name in names}
         for name, parameter in parameters.items():
+            if name not in module._parameters:  # weight_norm's hook would have set it before the call
+                raise ValueError(
+                    f"{name} must be a parameter to be rounded to int8: remove its reparametrization first"
+                )
             if parameter.dtype != torch.float32:
                 raise ValueError(f"{name} must be torch.float32 to be rounded to int8, got {parameter.dtype}")
         option = {"RNN": "nonlinearity", "LSTM": "proj_size"}.get(kind)
@@ -237,8 +241,9 @@ def quantize_dynamic(model: torch.nn.Module, inplace: bool = False) -> torch.nn.
         The model with its layers replaced.
 
     Raises:
-        ValueError: there is nothing to replace; a layer has `proj_size`, or parameters that are not float32 or not
-            finite.
+        TypeError: the model is not a module.
+        ValueError: there is nothing to replace; a layer has `proj_size`, a weight that is computed of others (as by
+            `weight_norm`), or parameters that are not float32 or not finite.
 
     Example:
         >>> import torch, rnnkern
@@ -247,6 +252,8 @@ def quantize_dynamic(model: torch.nn.Module, inplace: bool = False) -> torch.nn.
         >>> type(small[1]).__name__, type(model[1]).__name__
         ('QuantizedGRU', 'GRU')
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a module, got {type(model).__name__}")
     replaced: dict[torch.nn.Module, torch.nn.Module] = {}
     for path, module in model.named_modules():
         quantized = _QUANTIZED.get(type(module))
@@ -257,7 +264,9 @@ def quantize_dynamic(model: torch.nn.Module, inplace: bool = False) -> torch.nn.
             except ValueError as error:
                 raise ValueError(f"{path or type(module).__name__}: {error}") from None
     if not replaced:
-        raise ValueError("the model holds no RNN, LSTM or GRU layer to quantize")
+        raise ValueError(
+            "the model holds no RNN, LSTM or GRU layer to quantize; subclasses and parametrized ones do not count"
+        )
     if model in replaced:
         return replaced[model]
     if not inplace:  # a copy that takes the new layers for copies of the old ones, which it never makes
