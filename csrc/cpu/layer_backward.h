@@ -66,8 +66,8 @@ class Backward {
     panel_stride_ = panel_bytes(in_) / int64_t(sizeof(T));
     chunk_ = max_of(int64_t(1), kChunkRows / max_of(int64_t(1), in_.B));
     const int64_t longest = min_of(chunk_, plan.steps);
-    rows_stride_ =
-        (longest * in_.B | 1) * kBlock;  // an odd number of cache lines: slot blocks fall into different sets
+    // An odd number of cache lines: slot blocks fall into different sets.
+    rows_stride_ = (longest * in_.B | 1) * kBlock;
     for (int d = 0; d < in_.D; ++d) {
       T* const packed = static_cast<T*>(plan.packed);
       w_hh_[d] = packed ? packed + d * (blocks_ + input_blocks) * panel_stride_ : nullptr;

@@ -18,9 +18,10 @@ int64_t nanoseconds() {
       .count();
 }
 
-// A thread's short calls in a row. They run on one thread for longer than others take to wake, so that no row takes
-// much longer than it would alone; then some are divided, and the way that proves faster holds for long.
-class Row {
+// A thread's short calls that follow each other without a pause. They run on one thread for longer than others take to
+// wake, so that no streak takes much longer than it would alone; then some are divided, and the way that proves faster
+// holds for long.
+class Streak {
  public:
   static constexpr int64_t kPause = 200000, kAlone = 20000000;  // ns
   static constexpr int kWaking = 8, kTry = 25, kKeep = 4096;    // calls
@@ -61,20 +62,20 @@ class Row {
   int64_t start_ = 0, last_ = 0;
   int threads_ = 0;
   bool divided_ = false;
-  int tried_ = 0, faster_ = 0;  // divided calls of this row, and those of them that beat the row's calls before
+  int tried_ = 0, faster_ = 0;  // divided calls of this streak, and those of them that beat the calls before
   int refused_ = 0;             // calls to be made on one thread yet
-  double time_ = 0, work_ = 0;  // of this row's calls on one thread
+  double time_ = 0, work_ = 0;  // of this streak's calls on one thread
 };
-std::atomic<const void*> Row::last_caller_{nullptr};
-thread_local Row row;
+std::atomic<const void*> Streak::last_caller_{nullptr};
+thread_local Streak streak;
 
 }  // namespace
 
 ShortCallThreads::ShortCallThreads(double work) : work_(work), begin_(nanoseconds()), threads_(torch_threads()) {
-  if (threads_.threads > 1) threads_.awake = row.begin(begin_, threads_.threads);
+  if (threads_.threads > 1) threads_.awake = streak.begin(begin_, threads_.threads);
 }
 ShortCallThreads::~ShortCallThreads() {
-  if (threads_.threads > 1) row.end(begin_, nanoseconds(), work_);
+  if (threads_.threads > 1) streak.end(begin_, nanoseconds(), work_);
 }
 
 ParallelFor torch_threads() {
