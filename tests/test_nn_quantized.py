@@ -369,3 +369,20 @@ def test_weights_that_others_make_are_refused() -> None:
         rnnkern.quantize_dynamic(torch.nn.Sequential(model))
     with pytest.raises(TypeError, match="model must be a module, got dict"):
         rnnkern.quantize_dynamic({})  # type: ignore[arg-type]
+
+
+@needs_kernels
+@pytest.mark.filterwarnings("ignore")  # torch has been about to remove its dynamic quantization since 2.10
+@pytest.mark.parametrize(("kind", "bound"), [("GRU", 1e-3), ("LSTM", 5e-4)])
+def test_error_against_float(kind: str, bound: float) -> None:
+    """The guide's figures: the mean over a sequence, and that torch's dynamic quantization is further off."""
+    torch.manual_seed(0)
+    module = getattr(torch.nn, kind)(256, 256).eval()
+    x = torch.randn(100, 4, 256)
+    peer = torch.nn.Sequential(copy.deepcopy(module))
+    peer = torch.ao.quantization.quantize_dynamic(peer, {type(module)}, dtype=torch.qint8)
+    with torch.no_grad():
+        exact = module(x)[0]
+        ours, theirs = ((y - exact).abs().mean() for y in (rnnkern.quantize_dynamic(module)(x)[0], peer(x)[0]))
+    assert ours < bound
+    assert theirs > 4 * ours
