@@ -88,7 +88,11 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def folder_for(where: Path, identity: dict[str, Any]) -> Path:
-    """The folder of this machine under `where`: its name, numbered if another machine of that name was there first."""
+    """The folder of this machine under `where`: its name, numbered if another machine of that name was there first.
+
+    Under an instruction set that RNNKERN_CPU_ISA forces, `where` is the folder of that name in it.
+    """
+    where = where / os.environ.get("RNNKERN_CPU_ISA", "")
     name, number = slug(identity["threads"]), 1
     while True:
         folder = where / (name if number == 1 else f"{name}-{number}")

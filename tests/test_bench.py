@@ -289,6 +289,15 @@ def test_another_machine_gets_another_folder(tmp_path: Path) -> None:
     assert environment.folder_for(tmp_path, other) == first
 
 
+def test_a_forced_instruction_set_gets_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = {"cpu": "mine", "threads": 2}
+    monkeypatch.delenv("RNNKERN_CPU_ISA", raising=False)
+    own = environment.folder_for(tmp_path, identity)
+    monkeypatch.setenv("RNNKERN_CPU_ISA", "avx2")
+    forced = environment.folder_for(tmp_path, identity)
+    assert forced == tmp_path / "avx2" / own.name
+
+
 def test_no_row_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["--only", "no-such-row"]) == 2
     assert "no row matches no-such-row" in capsys.readouterr().err
