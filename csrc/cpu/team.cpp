@@ -1,5 +1,9 @@
 #include "cpu/team.h"
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
 #include <atomic>
 #include <chrono>
 #include <thread>
@@ -28,6 +32,39 @@ void wait_until(const Done& done) {
   }
 }
 
+// The CPUs that a team's members run on. Linux may wake a thread on the CPU of the one that wakes it, though another is
+// idle, and leave both there for milliseconds, longer than many calls take.
+class Cpus {
+ public:
+  // Takes the CPU that this thread runs on; where a member has it already, moves the thread to one that it may run on
+  // and that none has, if there is one.
+  void take_one() {
+#if defined(__linux__)
+    if (take(sched_getcpu())) return;
+    cpu_set_t allowed, others;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    CPU_ZERO(&others);
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+      if (CPU_ISSET(cpu, &allowed) && !taken(cpu)) CPU_SET(cpu, &others);
+    }
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+    take(sched_getcpu());
+    sched_setaffinity(0, sizeof allowed, &allowed);
+#endif
+  }
+
+ private:
+#if defined(__linux__)
+  static uint64_t bit(int cpu) { return uint64_t(1) << (cpu % 64); }
+  bool taken(int cpu) const { return words_[cpu / 64].load(std::memory_order_relaxed) & bit(cpu); }
+  bool take(int cpu) {  // false if it was taken; a CPU of no known number is nobody's
+    if (cpu < 0 || cpu >= CPU_SETSIZE) return true;
+    return !(words_[cpu / 64].fetch_or(bit(cpu), std::memory_order_relaxed) & bit(cpu));
+  }
+  std::atomic<uint64_t> words_[CPU_SETSIZE / 64] = {};
+#endif
+};
+
 }  // namespace
 
 void Flag::wait(int64_t for_value) const {
@@ -45,11 +82,14 @@ class Team {
     do {
       if (state & kClosed || state >= wanted_) return -1;
     } while (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel));
+    cpus_.take_one();
     if (state == 0) {
       const auto deadline = std::chrono::steady_clock::now() + kGathering;
       for (int spins = 1; state_.load(std::memory_order_acquire) < wanted_; ++spins) {
         pause_cpu();
-        if (spins % 64 == 0 && std::chrono::steady_clock::now() > deadline) break;
+        if (spins % 64 != 0) continue;
+        std::this_thread::yield();  // a member may wait for this very CPU
+        if (std::chrono::steady_clock::now() > deadline) break;
       }
       size_.store(state_.fetch_or(kClosed, std::memory_order_acq_rel), std::memory_order_release);
     } else {
@@ -75,6 +115,7 @@ class Team {
  private:
   static constexpr int kClosed = 1 << 30;
   const int wanted_;
+  Cpus cpus_;
   alignas(128) std::atomic<int> state_{0};
   alignas(128) std::atomic<int> size_{0};
   alignas(128) std::atomic<int> arrived_{0};
