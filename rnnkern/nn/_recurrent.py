@@ -46,6 +46,18 @@ class _Recurrent(torch.nn.RNNBase):
         self._packs.forget()
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._packs.forget()  # a pack keeps the memory of its weights, which may be replaced here
+        result: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return result
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._flat_weight_refs = []  # torch.utils.swap_tensors refuses what has weak references
+        try:
+            super()._load_from_state_dict(*args)
+        finally:
+            self._init_flat_weights()
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state.pop("_packs", None)  # neither pickled nor deep-copied

@@ -15,7 +15,9 @@ Weights = tuple[Tensor | None, ...]
 class PackCache:
     """Weights of a module's layers in the kernels' layout, for calls of few rows without gradients in eval mode.
 
-    An entry holds while every weight keeps address, version and dtype. That misses writes without a trace: fused
+    An entry holds while every weight keeps address, version and dtype. It keeps the weights' memory, too: a weight that a
+    hook or a parametrization makes anew for every call would else come to lie where an earlier one did, with its version.
+    That misses writes without a trace: fused
     optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in training mode or
     with gradients, and in `train` and `eval`; and the kernels compare a sample of the elements with one kept in the
     pack. What remains unseen is a write without a trace, to so few elements that the sample misses them, between two
@@ -30,6 +32,7 @@ class PackCache:
     short: Any
     cell: str
     _entries: dict[int, tuple[list[Any], Tensor | None]]
+    _memory: dict[int, list[torch.UntypedStorage]]
 
     def __init__(self) -> None:
         self.forget()
@@ -37,6 +40,7 @@ class PackCache:
     def forget(self) -> None:
         """Drops every pack, without reading: `torch.compile` would guard on what it reads."""
         self._entries = {}
+        self._memory = {}
         self._drop_short()
 
     def _drop_short(self) -> None:
@@ -57,6 +61,7 @@ class PackCache:
         entry = self._entries.get(layer)
         packed = torch.ops.rnnkern.pack.default(cell, *weights) if entry is not None and entry[0] == key else None
         self._entries[layer] = (key, packed)
+        self._memory[layer] = [weight.untyped_storage() for weight in weights if weight is not None]
         self._drop_short()
         return packed
 
