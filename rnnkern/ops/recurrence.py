@@ -207,7 +207,7 @@ class _CellStep(torch.autograd.Function):
                 )
             kept = h_n[0], None if c is None else c_n[0], saved
         ctx.cell = cell
-        ctx.save_for_backward(x, h, c, *weights, kept[0], kept[2])
+        ctx.save_for_backward(x, h, c, *weights, kept[2])  # not h': the caller may write over it
         ctx.set_materialize_grads(False)
         return kept[0] if c is None else kept[:2]
 
@@ -215,18 +215,18 @@ class _CellStep(torch.autograd.Function):
     def backward(ctx: Any, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad  # cell, x, h, c, 4 weights
         wanted = needed[1], any(needed[2:4]), any(needed[4:])
-        saved = ctx.saved_tensors
+        x, h, c, *weights, kept = ctx.saved_tensors
+        y = h  # the kernels read no y of a single step: anything of its shape serves
         grads = None
         if not torch.is_grad_enabled():
             assert _library.extension is not None
             dh, dc = (None if d is None else d.contiguous() for d in (dh_n, dc_n))
-            grads = _library.extension.train_step_backward(ctx.cell, dh, dc, *saved, *wanted)
+            grads = _library.extension.train_step_backward(ctx.cell, dh, dc, x, h, c, *weights, y, kept, *wanted)
         if grads is None:
-            x, h, c, *weights, h_n, kept = saved
             dh, dc = (None if d is None else d.unsqueeze(0) for d in (dh_n, dc_n))
             inputs = *_with_time(x, h, c), *weights, None, None, None, None, None, None
             grads = torch.ops.rnnkern.layer_backward.default(
-                ctx.cell, None, dh, dc, None, *inputs, h_n.unsqueeze(0), kept, *wanted
+                ctx.cell, None, dh, dc, None, *inputs, y.unsqueeze(0), kept, *wanted
             )
             grads = *(d[0] if need else None for d, need in zip(grads[:3], needed[1:4])), *grads[3:7]
         return (None, *(grad if need else None for grad, need in zip(grads, needed[1:])))
