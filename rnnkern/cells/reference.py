@@ -48,7 +48,9 @@ def layer(
         y, h_n, c_n, c_all = layer(
             spec, padded, h0, c0, weights, projection=projection, lengths=lengths, return_states=return_states
         )
-        return y[present], h_n, c_n, c_all[present] if c_all.dim() == 3 else c_all
+        rows = (torch.arange(T)[:, None] < lengths.cpu()).flatten().nonzero()[:, 0].to(x.device)  # also on meta
+        y, c_all = (s.flatten(0, 1).index_select(0, rows) if s.dim() == 3 else s for s in (y, c_all))
+        return y, h_n, c_n, c_all
     steps = torch.arange(x.shape[0], device=x.device)[:, None]  # [T, 1]
     alive = None if lengths is None else steps < lengths.to(x.device)  # [T, B]
     # boundary[t, b]: no state passes between steps t-1 and t. Beyond a row's end there is nothing to separate.
