@@ -173,6 +173,8 @@ def attend_checked(
         vector = vector.to(autocast_dtype(vector)) if isinstance(vector, Tensor) else vector
     if query.dim() not in (2, 3):
         raise RuntimeError(f"query: expected shape [B, Tq, D] or [B, D], got {list(query.shape)}")
+    if not query.dtype.is_floating_point:
+        raise RuntimeError(f"query: expected a floating-point dtype, got {query.dtype}")
     single = query.dim() == 2
     if single:
         query = query.unsqueeze(1)

@@ -23,6 +23,8 @@ CASES = [
     case(TypeError, "key: expected a Tensor, got NoneType", "key None", key=None),
     case(TypeError, "value: expected a Tensor, got float", "value float", value=1.0),
     case(RuntimeError, "query: expected shape [B, Tq, D] or [B, D], got [4]", "query rank", query=torch.randn(4)),
+    case(RuntimeError, "query: expected a floating-point dtype, got torch.int64", "query integers",
+         query=torch.ones(B, TQ, D, dtype=torch.int64), key=torch.ones(B, TK, D, dtype=torch.int64)),
     case(RuntimeError, "key: expected shape [B, Tk, D], got [5, 4]", "key rank", key=torch.randn(TK, D)),
     case(RuntimeError, "key: expected shape [2, 5, 4] to fit query [2, 3, 4], got [2, 5, 6]", "key size",
          key=torch.randn(B, TK, 6)),
