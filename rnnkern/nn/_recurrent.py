@@ -202,6 +202,7 @@ class _Recurrent(torch.nn.RNNBase):
         input: Tensor,  # in torch's layout
         T: int,
         B: int,
+        hx: Any,  # as it was given, if it has to be a pair
         h: Tensor,
         c: Tensor | None,
         dtype: torch.dtype,  # of the weights
@@ -220,17 +221,21 @@ class _Recurrent(torch.nn.RNNBase):
                 self.check_forward_args(input, h, batch_sizes)
             else:
                 torch.nn.LSTM.check_forward_args(self, input, (h, c), batch_sizes)  # type: ignore[arg-type]
+        if c is not None and (type(hx) is not tuple or len(hx) != 2):
+            _check_pair(hx)
         device = input.device
-        for state in (h,) if c is None else (h, c):
+        states = (h,) if c is None else (h, c)
+        for state in states:
             if state.device != device:
                 raise RuntimeError(
                     "Input and hidden tensors are not at the same device, "
                     f"found input tensor at {device} and hidden tensor at {state.device}"
                 )
-            if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
-                raise RuntimeError(f"hx must have the dtype of input. Expected {input.dtype}, got {state.dtype}")
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        for state in states:
+            if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
+                raise RuntimeError(f"hx must have the dtype of input. Expected {input.dtype}, got {state.dtype}")
 
     def _run(
         self, input: Any, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool = False
@@ -238,38 +243,48 @@ class _Recurrent(torch.nn.RNNBase):
         """Output, h_n, c_n and every c of the last layer, in the form that the input has."""
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, lengths, resets, return_states)
-        rank = input.dim()
+        try:
+            rank = input.dim()
+        except AttributeError:
+            raise AttributeError(f"input must be a tensor or a PackedSequence, got {_kind(input)}") from None
         if rank != 3 and rank != 2:
             tensor = " tensor" if self.mode.startswith("RNN") else ""  # torch's wording differs
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {rank}D{tensor} instead")
         batched = rank == 3
+        h: Any
+        c: Any
         if hx is None:
             h = c = None
-        elif self._two_states:
-            h, c = hx[0], hx[1]
-            if type(hx) is not tuple or len(hx) != 2 or h is None or c is None:
-                # A tensor of another rank fails below; without a batch torch takes the first two of anything.
-                _check_pair(hx, AttributeError, exact=batched and getattr(hx, "ndim", 4) == 4)
         else:
-            h, c = hx, None
-        if h is not None and (h.dim() != rank or (c is not None and c.dim() != rank)):
-            self._refuse_rank(h, c, batched)
+            if not self._two_states:
+                h, c = hx, None
+            elif type(hx) is tuple and len(hx) == 2:
+                h, c = hx
+            else:
+                h, c = _first_two(hx)
+            try:
+                fits = (h.dim(), c.dim()) == (rank, rank) if self._two_states else h.dim() == rank
+            except AttributeError:
+                raise AttributeError(_not_tensors(h, c, self._two_states)) from None
+            if not fits:
+                self._refuse_rank(h, c, batched)
         if not batched:
             x = input.unsqueeze(1)
             input = input.unsqueeze(0) if self.batch_first else x
             if h is not None:
                 h = h.unsqueeze(1)
                 c = None if c is None else c.unsqueeze(1)
+                hx = h, c  # whatever hx was, torch goes on with its first two items
         else:
             x = input.transpose(0, 1) if self.batch_first else input
         T, B, _ = x.shape
         if h is None:
-            h, c = self._first_state(x, B)
+            hx = h, c = self._first_state(x, B)
         first = self._layer_weights(0)
         weight = first[0][0]
         assert weight is not None
         dtype = self._dtype(weight)
-        self._check(input, T, B, h, c, dtype)
+        self._check(input, T, B, hx, h, c, dtype)
         if lengths is not None:
             lengths = check_lengths(lengths, T, B)
         if resets is not None:
@@ -382,18 +397,27 @@ class _Recurrent(torch.nn.RNNBase):
                 f"batch_sizes of input must add up to its rows, {data.shape[0]}, got {int(batch_sizes.sum())}"
             )
         if hx is None:
-            h, c = self._first_state(data, B)
+            hx = h, c = self._first_state(data, B)
         else:
-            if self._two_states:
-                _check_pair(hx, TypeError if order is None else AttributeError, exact=order is None)
-            h, c = (hx[0], hx[1]) if self._two_states else (hx, None)
+            if not self._two_states:
+                h, c = hx, None
+            else:
+                h, c = _check_pair(hx) if order is None else _first_two(hx)
+            if not isinstance(h, Tensor) or (self._two_states and not isinstance(c, Tensor)):
+                if order is None and not self._two_states:
+                    self.check_input(data, batch_sizes)  # torch looks at it first
+                absent = TypeError if order is None and self._two_states else AttributeError
+                raise absent(_not_tensors(h, c, self._two_states))
             if order is not None:
                 h = h.index_select(1, order)
                 c = None if c is None else c.index_select(1, order)
+                hx = h, c
+        if data.dim() != 2:
+            self.check_input(data, batch_sizes)
         first = self._layer_weights(0)
         assert first[0][0] is not None
         dtype = self._dtype(first[0][0])
-        self._check(data, len(batch_sizes), B, h, c, dtype, batch_sizes)
+        self._check(data, len(batch_sizes), B, hx, h, c, dtype, batch_sizes)
         if data.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
             data, h = data.to(dtype), h.to(dtype)
         row_lengths = (batch_sizes[:, None] > torch.arange(B, device=batch_sizes.device)).sum(0)
@@ -406,11 +430,31 @@ class _Recurrent(torch.nn.RNNBase):
         return output, h_n, c_n, states
 
 
-def _check_pair(hx: Any, absent: type[Exception], exact: bool) -> None:
-    """Raises torch's exception unless hx is a pair of tensors; if not `exact`, its first two items are the pair."""
-    if exact and not isinstance(hx, tuple | list):
-        raise TypeError(f"hx must be a pair of tensors, got {type(hx).__name__}")
-    if exact and len(hx) != 2:
+def _first_two(hx: Any) -> tuple[Tensor, Any]:
+    """The first two items of what is not a pair; else the exception that torch comes to."""
+    try:
+        h = hx[0]
+        if not isinstance(h, Tensor):
+            raise AttributeError
+        return h, hx[1]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise type(error)(f"hx must be a pair of tensors, got {_kind(hx)}") from None
+
+
+def _check_pair(hx: Any) -> tuple[Any, Any]:
+    """Returns the pair; raises TypeError or RuntimeError, as torch's operator does, unless hx is one."""
+    if not isinstance(hx, tuple | list):
+        raise TypeError(f"hx must be a pair of tensors, got {_kind(hx)}")
+    if len(hx) != 2:
         raise RuntimeError(f"hx must be a pair of tensors: lstm expects two hidden states, got {len(hx)}")
-    if not isinstance(hx[0], Tensor) or not isinstance(hx[1], Tensor):
-        raise absent(f"hx must be a pair of tensors, got {type(hx[0]).__name__} and {type(hx[1]).__name__}")
+    return hx[0], hx[1]
+
+
+def _not_tensors(h: Any, c: Any, two_states: bool) -> str:
+    if two_states:
+        return f"hx must be a pair of tensors, got {_kind(h)} and {_kind(c)}"
+    return f"hx must be a tensor, got {_kind(h)}"
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__

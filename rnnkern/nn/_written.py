@@ -11,7 +11,7 @@ def named_state(hx: Any) -> dict[str, Tensor]:
     """The tensors of a state, by the names that messages give them."""
     if hx is None:
         return {}
-    return {"hx": hx} if isinstance(hx, Tensor) else {f"hx[{i}]": state for i, state in enumerate(hx)}
+    return {"hx": hx} if isinstance(hx, Tensor) else {f"hx[{i}]": hx[i] for i in range(len(hx))}
 
 
 def write_step(
@@ -26,12 +26,15 @@ def write_step(
     """Writes what a step was asked to: the new state into hx, y into `out`; nothing unless all can be written.
 
     Raises:
+        TypeError: `out` is not a tensor, or hx not a pair of tensors where the state is one.
         ValueError: there is no state to write.
         RuntimeError: `out` has another shape than y; what `write` raises.
     """
     written: dict[str, Tensor] = {}
     values: list[Tensor] = []
     if out is not None and y is not None:
+        if not isinstance(out, Tensor):
+            raise TypeError(f"out must be a tensor, got {type(out).__name__}")
         if out.shape != y.shape:
             raise RuntimeError(f"out must have shape {list(y.shape)}, got {list(out.shape)}")
         written["out"] = out
@@ -39,6 +42,8 @@ def write_step(
     if inplace:
         if hx is None:
             raise ValueError("inplace=True needs a state to write: hx must not be None")
+        if not isinstance(state, Tensor) and not (isinstance(hx, tuple | list) and len(hx) == len(state)):
+            raise TypeError(f"inplace=True writes into hx: it must be a pair of tensors, got {type(hx).__name__}")
         written |= named_state(hx)
         values += [state] if isinstance(state, Tensor) else state
     if written:

@@ -18,6 +18,14 @@ _RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
+def _rank(name: str, tensor: Tensor) -> int:
+    """The number of dimensions; raises AttributeError, as torch does, unless it is a tensor."""
+    try:
+        return tensor.dim()
+    except AttributeError:
+        raise AttributeError(f"{name} must be a tensor, got {type(tensor).__name__}") from None
+
+
 class _Cell(torch.nn.RNNCellBase):
     """What the three cells share."""
 
@@ -170,10 +178,10 @@ class _OneStateCell(_Cell):
         result: Tensor | None = self._short(input, hx)
         if result is not None:
             return result
-        rank = input.dim()
+        rank = _rank("input", input)
         if rank != 1 and rank != 2:
             self._refuse_rank(input)
-        if hx is not None and hx.dim() not in (1, 2):
+        if hx is not None and _rank("hx", hx) not in (1, 2):
             raise ValueError(f"{type(self).__name__}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
         if rank == 2:
             return self._step(input, hx, None)[0]
@@ -253,24 +261,24 @@ class LSTMCell(_Cell):
         result: tuple[Tensor, Tensor] | None = self._short(input, hx)
         if result is not None:
             return result
-        rank = input.dim()
+        rank = _rank("input", input)
         if rank != 1 and rank != 2:
             self._refuse_rank(input)
-        if hx is None:
-            h = c = None
-        else:
+        h = c = None
+        if hx is not None:
             for i, state in enumerate(hx):
-                if state.dim() not in (1, 2):
+                if _rank(f"hx[{i}]", state) not in (1, 2):
                     raise ValueError(f"LSTMCell: Expected hx[{i}] to be 1D or 2D, got {state.dim()}D instead")
-            if isinstance(hx, Tensor):
-                raise TypeError("hx must be a tuple of Tensors, not Tensor")
-            if len(hx) != 2:
+            if rank == 1:  # torch takes the first two of anything
+                h, c = hx[0].unsqueeze(0), hx[1].unsqueeze(0)
+            elif not isinstance(hx, tuple | list):
+                raise TypeError(f"hx must be a tuple of Tensors, not {type(hx).__name__}")
+            elif len(hx) != 2:
                 raise RuntimeError("lstm_cell expects two hidden states")
-            h, c = hx
+            else:
+                h, c = hx
         if rank == 2:
             return self._step(input, h, c)
-        if h is not None and c is not None:
-            h, c = h.unsqueeze(0), c.unsqueeze(0)
         h, c = self._step(input.unsqueeze(0), h, c)
         return h.squeeze(0), c.squeeze(0)
 

@@ -15,9 +15,9 @@ Weights = tuple[Tensor | None, ...]
 class PackCache:
     """Weights of a module's layers in the kernels' layout, for calls of few rows without gradients in eval mode.
 
-    An entry holds while every weight keeps address, version and dtype. It keeps the weights' memory, too: a weight that a
-    hook or a parametrization makes anew for every call would else come to lie where an earlier one did, with its version.
-    That misses writes without a trace: fused
+    An entry holds while every weight keeps address, version and dtype. It keeps the weights' memory, too: a weight that
+    a hook or a parametrization makes anew for every call would else come to lie where an earlier one did, with its
+    version. That misses writes without a trace: fused
     optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in training mode or
     with gradients, and in `train` and `eval`; and the kernels compare a sample of the elements with one kept in the
     pack. What remains unseen is a write without a trace, to so few elements that the sample misses them, between two
@@ -74,6 +74,7 @@ class PackCache:
         if any([packed is None for packed in packs]):
             return
         self._prepared = True
+        parameters = dict(parameters)  # holds the weights: another thread may replace them meanwhile
         try:
             short = ShortCall(cell, parameters, tuple(map(tuple, names)), packs)
         except ValueError:  # a parametrization, or a dtype that needs conversions
