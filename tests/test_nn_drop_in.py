@@ -1,5 +1,6 @@
 """What programs do with a torch module besides calling it, done to ours: hooks, tied weights, sharing, old pickles."""
 
+import collections
 import copy
 import multiprocessing
 import pickle
@@ -113,8 +114,8 @@ def test_input_without_features(kind: str) -> None:
     assert_same_training(*modules, torch.ones(T, B, 0))
 
 
-@pytest.mark.parametrize("make", [list, tuple])
-def test_the_states_of_an_lstm_may_be_a_list(make: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("make", [list, tuple, collections.namedtuple("State", "h c")._make])
+def test_the_states_of_an_lstm_may_be_any_pair(make: Callable[..., Any]) -> None:
     for kind in ("LSTM", "LSTMCell"):
         ours, peer = pair(kind)
         x = input_of(kind)
@@ -239,7 +240,7 @@ def test_tied_weights_of_a_cell(kind: str) -> None:
     assert_same_training(*modules, torch.randn(B, H))
 
 
-def tie_second_derivatives(module: torch.nn.Module, x: Tensor) -> Tensor:
+def second_derivative(module: torch.nn.Module, x: Tensor) -> Tensor:
     (first,) = torch.autograd.grad(tree_leaves(module(x))[0].pow(2).sum(), module.weight_hh_l0, create_graph=True)
     return torch.autograd.grad(first.pow(2).sum(), module.weight_hh_l0)[0]
 
@@ -250,7 +251,7 @@ def test_second_derivatives_of_tied_weights(kind: str) -> None:
     for module in modules:
         module.weight_hh_l1 = module.weight_ih_l0 = module.weight_hh_l0
     x = torch.randn(T, B, H, dtype=torch.float64)
-    torch.testing.assert_close(*(tie_second_derivatives(module, x) for module in modules))
+    torch.testing.assert_close(*(second_derivative(module, x) for module in modules))
 
 
 class Doubled(torch.nn.Module):
