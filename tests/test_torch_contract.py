@@ -87,18 +87,18 @@ def test_the_database_has_every_module() -> None:
 def test_forward(info: ModuleInfo, device: str, dtype: torch.dtype, training: bool) -> None:
     for sample in samples(info, device, dtype):
         ours, peer = (build(lib, info, sample, device=device, dtype=dtype).train(training) for lib in LIBRARIES)
-        for _ in range(3):  # without gradients in eval mode, the third call goes past the dispatcher
-            with torch.no_grad():
-                outputs = call(ours, sample)
-            assert_same_values(outputs, call(peer, sample), rtol=1e-5, atol=1e-5)
-        assert_same_values(call(ours, sample), outputs, rtol=0, atol=0)
+        outputs = call(ours, sample)
+        assert_same_values(outputs, call(peer, sample), rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            for _ in range(1 if training else 3):  # the third call goes past the dispatcher
+                assert_same_values(call(ours, sample), outputs, rtol=0, atol=0)
         if not isinstance(sample.forward_input.args[0], PackedSequence):  # the reference knows padded input only
             expected = sample.reference_fn(ours, *sample.forward_input.args, **sample.forward_input.kwargs)
             assert_same_values(outputs, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", [*DEVICES, "meta"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @infos
 def test_factory_arguments(info: ModuleInfo, device: str, dtype: torch.dtype) -> None:
     for sample in samples(info, "cpu", torch.float32):
@@ -206,8 +206,8 @@ def test_gradients(info: ModuleInfo, device: str, training: bool, order: int) ->
     """Against differences, of inputs and parameters, and the same by batches of cotangents under vmap."""
     for sample in samples(info, device, torch.float64, requires_grad=True):
         options = sample.constructor_input.kwargs
-        if order == 2 and (options.get("batch_first") or not options.get("bias", True)):
-            continue  # slow, and of no influence on second derivatives
+        if (order == 2 or not training) and (options.get("batch_first") or not options.get("bias", True)):
+            continue  # neither matters to second derivatives or to the mode, and there are many
         module = build(rnnkern.nn, info, sample, device=device, dtype=torch.float64).train(training)
         leaves, spec = tree_flatten((sample.forward_input.args, sample.forward_input.kwargs))
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
