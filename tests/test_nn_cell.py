@@ -95,6 +95,19 @@ def test_copies_leave_the_cache_behind(kind: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(tree_leaves(other(x)), tree_leaves(expected)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_states_can_be_detached_in_place(kind: str, wanted: bool, dtype: torch.dtype) -> None:
+    module, state = pair(kind, dtype=dtype)[0], None
+    with torch.set_grad_enabled(wanted):
+        for _ in range(3):
+            state = module(torch.randn(B, I, dtype=dtype), state)
+            for tensor in tree_leaves(state):
+                assert not tensor._is_view()  # as in torch
+                tensor.detach_()
+
+
 @pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
 def test_empty_batch_and_meta(kind: str) -> None:
     ours, peer = pair(kind)

@@ -384,7 +384,7 @@ def step(
         return (result, None) if c is None else result
     c0 = None if c is None else c.unsqueeze(0)
     _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c0, weights, packs=packs)
-    return h_n.squeeze(0), None if c is None else c_n.squeeze(0)
+    return h_n.squeeze_(0), None if c is None else c_n.squeeze_(0)  # not views: these refuse `detach_`
 
 
 def plain_training(cell: str, x: Tensor) -> bool:
