@@ -1,0 +1,315 @@
+"""What tests/test_parallel.py runs in two processes: `python -m tests.parallel_checks RANK FOLDER CHECK...`.
+
+Each check runs in both processes at once and compares with the same computation in one. What comes of it is written to
+FOLDER/CHECK.RANK: nothing, or the traceback.
+"""
+
+import contextlib
+import copy
+import datetime
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import rnnkern
+
+WORLD = 2
+PATIENCE = datetime.timedelta(minutes=5)  # on a busy machine; a check that fails in one process alone takes as long
+T, B, I, H = 5, 4, 3, 6
+
+
+class Model(nn.Module):
+    """Every kind of module that has parameters, one after another."""
+
+    def __init__(self, recompute: bool | None = None) -> None:
+        super().__init__()
+        self.lstm = rnnkern.nn.LSTM(I, H, num_layers=2, bidirectional=True)
+        self.projected = rnnkern.nn.LSTM(2 * H, H, proj_size=4)
+        self.gru = rnnkern.nn.GRU(4, H, batch_first=True)
+        self.rnn = rnnkern.nn.RNN(H, H, nonlinearity="relu", bias=False)
+        self.attention = rnnkern.nn.AdditiveAttention(H, H, 5)
+        self.lstm_cell = rnnkern.nn.LSTMCell(H, H)
+        self.gru_cell = rnnkern.nn.GRUCell(H, H)
+        self.rnn_cell = rnnkern.nn.RNNCell(H, H)
+        self.recompute = recompute  # None, or use_reentrant of torch.utils.checkpoint
+
+    def call(self, module: Callable[..., Any], *args: Tensor) -> Any:
+        if self.recompute is None:
+            return module(*args)
+        return checkpoint(module, *args, use_reentrant=self.recompute)
+
+    def forward(self, x: Tensor) -> Tensor:  # [T, B, I] -> [B, H]
+        y, _ = self.call(self.lstm, x)
+        y, _ = self.call(self.projected, y)
+        y, h_n = self.call(self.gru, y.transpose(0, 1))
+        y, _ = self.call(self.rnn, y.transpose(0, 1))
+        context, _ = self.call(self.attention, h_n[0].unsqueeze(1), y.transpose(0, 1), y.transpose(0, 1))
+        h = c = context.squeeze(1)
+        # FSDP2 loses gradients of what reentrant checkpoints call twice, of torch.nn's modules too.
+        for x_t in y[: 1 if self.recompute else 2]:
+            # Reentrant checkpoints know of no tensors within a tuple.
+            h, c = self.call(lambda x, h, c: self.lstm_cell(x, (h, c)), x_t, h, c)
+            h = self.call(self.rnn_cell, x_t, self.call(self.gru_cell, x_t, h))
+        return h
+
+
+def make_model(seed: int = 0, **options: Any) -> Model:
+    torch.manual_seed(seed)
+    return Model(**options).double()
+
+
+def batch(seed: int = 1) -> Tensor:
+    return torch.randn(T, B, I, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def mine(x: Tensor) -> Tensor:
+    """The rows of this process."""
+    return x.chunk(WORLD, dim=1)[dist.get_rank()]
+
+
+def loss(y: Tensor) -> Tensor:
+    return y.square().sum()
+
+
+def gradients(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Those of the whole batch in one process, where the loss is the mean of what the processes would have."""
+    model.zero_grad()
+    for x in inputs:
+        (loss(model(x)) / WORLD).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for module in model.children():
+        fully_shard(module, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def full(tensor: Tensor | None) -> Tensor | None:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    found = {name.removeprefix("module."): full(p.grad) for name, p in model.named_parameters()}
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(found[name], gradient, msg=lambda message, name=name: f"{name}: {message}")
+
+
+CHECKS: dict[str, Callable[[Path], None]] = {}
+
+
+def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+@check
+def ddp(_: Path) -> None:
+    x = batch()
+    expected = gradients(make_model(), x)
+    model = DistributedDataParallel(make_model())
+    for _ in range(2):
+        model.zero_grad()
+        loss(model(mine(x))).backward()
+        assert_gradients(model, expected)
+
+
+@check
+def ddp_trains(_: Path) -> None:
+    x, alone, model = batch(), make_model(), DistributedDataParallel(make_model())
+    ours, theirs = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, alone))
+    for _ in range(3):
+        ours.zero_grad()
+        loss(model(mine(x))).backward()
+        ours.step()
+        gradients(alone, x)
+        theirs.step()
+    with torch.no_grad():
+        for _ in range(3):  # the weights are packed in the last
+            torch.testing.assert_close(model.eval()(mine(x)), alone.eval()(x).chunk(WORLD)[dist.get_rank()])
+
+
+@check
+def ddp_no_sync(_: Path) -> None:
+    inputs = batch(1), batch(2)
+    expected = gradients(make_model(), *inputs)
+    model = DistributedDataParallel(make_model())
+    with model.no_sync():
+        loss(model(mine(inputs[0]))).backward()
+    local = next(model.parameters()).grad.clone()
+    dist.broadcast(local, src=0)
+    assert torch.equal(local, next(model.parameters()).grad) == (dist.get_rank() == 0)  # nothing was exchanged
+    loss(model(mine(inputs[1]))).backward()
+    assert_gradients(model, expected)
+
+
+@check
+def ddp_checkpointing(_: Path) -> None:
+    x = batch().requires_grad_()
+    for reentrant in (False, True):
+        expected = gradients(make_model(recompute=reentrant), x)
+        # DDP wants to know that the graph is static, or reentrant backward marks what is used twice as ready twice.
+        model = DistributedDataParallel(make_model(recompute=reentrant), static_graph=reentrant)
+        loss(model(mine(x))).backward()
+        assert_gradients(model, expected)
+
+
+@check
+def fsdp(_: Path) -> None:
+    x = batch()
+    expected = gradients(make_model(), x)
+    for reshard in (True, False):
+        model = shard(make_model(), reshard_after_forward=reshard)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        for _ in range(2):
+            model.zero_grad()
+            loss(model(mine(x))).backward()
+            assert_gradients(model, expected)
+
+
+@check
+def fsdp_no_sync(_: Path) -> None:
+    inputs = batch(1), batch(2)
+    expected = gradients(make_model(), *inputs)
+    model = shard(make_model())
+    model.set_requires_gradient_sync(False)
+    loss(model(mine(inputs[0]))).backward()
+    model.set_requires_gradient_sync(True)
+    loss(model(mine(inputs[1]))).backward()
+    assert_gradients(model, expected)
+
+
+@check
+def fsdp_checkpointing(_: Path) -> None:
+    x = batch().requires_grad_()
+    for reentrant in (False, True):
+        expected = gradients(make_model(recompute=reentrant), x)
+        model = shard(make_model(recompute=reentrant))
+        loss(model(mine(x))).backward()
+        assert_gradients(model, expected)
+
+
+@check
+def fsdp_trains(_: Path) -> None:
+    """Between calls FSDP frees the gathered weights; packs made of them must not outlive an update."""
+    x, alone, model = batch(), make_model(), shard(make_model())
+    ours, theirs = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, alone))
+    for training in (True, False):
+        for m in (model, alone):
+            m.train(training)
+        for _ in range(3):
+            ours.zero_grad()
+            loss(model(mine(x))).backward()
+            ours.step()
+            gradients(alone, x)
+            theirs.step()
+            with torch.no_grad():
+                for _ in range(3):
+                    torch.testing.assert_close(model(mine(x)), alone(x).chunk(WORLD)[dist.get_rank()])
+    model.eval()
+    for seed in (3, 4):  # without a call in training mode between
+        other = make_model(seed).eval()
+        with torch.no_grad():
+            for p, value in zip(model.parameters(), other.parameters()):
+                local = DTensor.from_local(value.detach(), p.device_mesh).redistribute(placements=p.placements)
+                p.copy_(local)
+            for _ in range(3):
+                torch.testing.assert_close(model(mine(x)), other(x).chunk(WORLD)[dist.get_rank()])
+
+
+@check
+def fsdp_mixed_precision(_: Path) -> None:
+    x = batch().float()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    plain = make_model().float()
+    expected = gradients(plain, x)
+    model = shard(make_model().float(), mp_policy=policy)
+    y = model(mine(x))
+    torch.testing.assert_close(y, plain(mine(x)), rtol=0.05, atol=0.02)
+    loss(y).backward()
+    found = {name: full(p.grad) for name, p in model.named_parameters()}
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    error, size = (
+        torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        for gradients in ([found[name] - expected[name] for name in expected], expected.values())
+    )
+    assert error < 0.05 * size
+
+
+@check
+def fsdp_step(_: Path) -> None:
+    """`step` is another method than the call: FSDP has to be told of it, as of any."""
+    torch.manual_seed(0)
+    alone = rnnkern.nn.LSTM(I, H, num_layers=2).eval()
+    model = copy.deepcopy(alone)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    register_fsdp_forward_method(model, "step")
+    x, state, expected = batch()[0].float(), None, None
+    with torch.no_grad():
+        for _ in range(4):
+            y, state = model.step(x, state)
+            y_alone, expected = alone.step(x, expected)
+            assert torch.equal(y, y_alone)
+
+
+@check
+def distributed_checkpoint(folder: Path) -> None:
+    """What FSDP saves, one process, DDP and FSDP load."""
+    x, source = batch(), shard(make_model(seed=5))
+    dcp.save(get_model_state_dict(source), checkpoint_id=folder / "saved")
+    plain = make_model(seed=5).eval()
+    with torch.no_grad():
+        expected = plain(mine(x))
+        for wrap in (lambda m: m, DistributedDataParallel, shard):
+            model = wrap(make_model(seed=6)).eval()
+            for _ in range(3):  # and what the weights were packed to is not used any more
+                assert not torch.equal(model(mine(x)), expected)
+            state = get_model_state_dict(model)
+            assert set(state) == set(plain.state_dict())
+            dcp.load(state, checkpoint_id=folder / "saved")
+            set_model_state_dict(model, state)
+            for _ in range(3):
+                assert torch.equal(model(mine(x)), expected)
+
+
+@contextlib.contextmanager
+def group(rank: int, folder: Path) -> Iterator[None]:
+    store = dist.FileStore(str(folder / "store"), WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def main(rank: int, folder: Path, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    with group(rank, folder):
+        for name in names:
+            try:
+                CHECKS[name](folder)
+                outcome = ""
+            except Exception:
+                outcome = traceback.format_exc()
+            (folder / f"{name}.{rank}").write_text(outcome)
+            dist.barrier()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or list(CHECKS))
