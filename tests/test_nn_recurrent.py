@@ -323,3 +323,13 @@ def test_positional_arguments_are_torchs() -> None:
     assert repr(rnnkern.nn.LSTM(I, H, 2, False, True, 0.1, True, 3)) == repr(
         torch.nn.LSTM(I, H, 2, False, True, 0.1, True, 3)
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_packed_rows_without_steps(kind: str, backend: str) -> None:
+    ours, peer = pair(kind, bidirectional=True)
+    packed = PackedSequence(torch.zeros(0, I), torch.tensor([0, 0]))
+    with rnnkern.backend(backend):
+        for a, b in zip(tree_leaves(ours(packed)), tree_leaves(peer(packed)), strict=True):
+            assert a is b is None or (a.shape == b.shape and a.dtype == b.dtype)

@@ -1,6 +1,7 @@
 """One recurrent layer in plain PyTorch: differentiable, any dtype and device, the ground truth of every backend.
 
-Per direction, for t in its order:  gx_t = W_ih x_t + b_ih,  gh_t = W_hh h + b_hh,  (h, ...) = step(gx_t, gh_t, h, ...).
+Per direction, for t in its order:  gx_t = W_ih x_t + b_ih,  gh_t = W_hh h + b_hh (`CellSpec.recurrent`: what it says),
+(h, ...) = step(gx_t, gh_t, h, ...).
 
 Low precision (bfloat16, float16): products, gates and the cell state are float32; h is rounded to the storage dtype
 after each step, so that y is exactly what the next step reads.
@@ -110,7 +111,7 @@ def _direction(
         edge = t + 1 if reverse else t  # the boundary just crossed; the reverse direction comes from step t+1
         if boundary is not None and edge < T:
             before = tuple(s.masked_fill(boundary[edge][:, None], 0) for s in state)
-        gh = linear(before[0], w_hh, b_hh)  # [B, G*H]
+        gh = spec.recurrent_part(gx[t], before[0], w_hh, b_hh)  # [B, G*H]
         after = spec.next_state(gx[t], gh, before)
         h_next = after[0] if w_hr is None else linear(after[0], w_hr)
         after = (h_next.to(storage).to(compute), *after[1:])
@@ -120,4 +121,6 @@ def _direction(
         else:
             state = after
             y[t], c_all[t] = after[0], after[-1]
+    if T == 0:  # a PackedSequence of empty rows
+        return x.new_empty(0, *state[0].shape), state[0].to(storage), state[-1], gx.new_empty(0, *state[-1].shape)
     return torch.stack(y).to(storage), state[0].to(storage), state[-1], torch.stack(c_all)
