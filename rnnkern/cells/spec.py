@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,13 @@ class CellSpec:
     saved: tuple[str, ...]  # what the engines keep for backward, per unit, besides the states
     split_gates: tuple[str, ...]  # the last gates, whose gradients for gx and gh differ
     step: Callable[..., Tensor | tuple[Tensor, ...]]
+    # (gx, h, w_hh, b_hh) -> gh in the place of the plain product; no engine runs a cell that has it, for they multiply
+    # by W_hh before they know any gate.
+    recurrent: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor] | None = None
+
+    def recurrent_part(self, gx: Tensor, h: Tensor, w_hh: Tensor, b_hh: Tensor | None) -> Tensor:
+        """The gh of a step."""  # [B, G*H]
+        return linear(h, w_hh, b_hh) if self.recurrent is None else self.recurrent(gx, h, w_hh, b_hh)
 
     def next_state(self, gx: Tensor, gh: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`step`, with a tuple for any number of states."""

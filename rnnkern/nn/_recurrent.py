@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
-from rnnkern.cells import CELLS
+from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
@@ -31,15 +31,20 @@ class _Recurrent(torch.nn.RNNBase):
         own = mode not in _TORCH_MODES
         super().__init__("RNN_TANH" if own else mode, *args, **kwargs)
         self._packs = self._pack_cache()
-        self._two_states = len(CELLS[mode.lower()].states) == 2
+        self._two_states = len(find_cell(mode.lower()).states) == 2
         if own:  # a cell that torch does not know: one gate's parameters become G gates'
             self.mode = mode
-            gates = len(CELLS[mode.lower()].gates)
+            gates = len(find_cell(mode.lower()).gates)
             for name, parameter in list(self._parameters.items()):
                 assert parameter is not None
                 H, *rest = parameter.shape
                 setattr(self, name, torch.nn.Parameter(parameter.new_empty(gates * H, *rest)))
             self.reset_parameters()
+
+    def flatten_parameters(self) -> None:
+        """Does what torch's does, which knows torch's cells only."""
+        if self.mode in _TORCH_MODES:
+            super().flatten_parameters()
 
     def train(self, mode: bool = True) -> Self:
         """Sets the mode, as in torch; packed weights are forgotten."""

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from typing_extensions import Self
 
-from rnnkern.cells import CELLS
+from rnnkern.cells import find_cell
+from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
@@ -30,7 +31,7 @@ class _Cell(torch.nn.RNNCellBase):
     """What the three cells share."""
 
     _packs: PackCache
-    _cell: str  # name in CELLS
+    _cell: str  # as find_cell takes it
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool, num_chunks: int, device: Any = None, dtype: Any = None
@@ -130,7 +131,7 @@ class _Cell(torch.nn.RNNCellBase):
             raise RuntimeError(f"input has inconsistent input_size: got {I} expected {self.input_size}")
         if h is None:
             h = x.new_zeros(B, self.hidden_size)
-            c = h if len(CELLS[cell].states) == 2 else None
+            c = h if len(find_cell(cell).states) == 2 else None
         else:
             device, shape = x.device, (B, self.hidden_size)
             if h.shape != shape or h.dtype != dtype or h.device != device:
@@ -287,7 +288,8 @@ class GRUCell(_OneStateCell):
     """One step of the gated recurrent unit, in the place of torch.nn.GRUCell; `rnnkern.nn.GRU` has the formula.
 
     The constructor, parameters, initial values, inputs and output are those of `torch.nn.GRUCell`: input `[B, I]` or
-    `[I]`, hx `[B, H]` or `[H]`, zeros if None; returns h'.
+    `[I]`, hx `[B, H]` or `[H]`, zeros if None; returns h'. With `reset_after=False` r acts on h before the product, as
+    in `rnnkern.nn.GRU`; that runs on the eager reference.
 
     Raises:
         ValueError: the rank of input or hx is wrong, as in torch.
@@ -304,6 +306,24 @@ class GRUCell(_OneStateCell):
     _cell = "gru"
 
     def __init__(
-        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        reset_after: bool = True,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        if not reset_after:
+            self._cell = GRU_RESET_BEFORE.name
+
+    @property
+    def reset_after(self) -> bool:
+        """Whether the reset gate acts after the recurrent product, as in torch."""
+        return self._cell == "gru"
+
+    def extra_repr(self) -> str:
+        """Torch's, and what torch has not."""
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from rnnkern.cells import CELLS
 from rnnkern.nn._recurrent import _NO_PROJECTION, _Recurrent
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
 from rnnkern.ops.int8 import Int8PackCache, quantize_rows, recurrence_int8
@@ -48,6 +49,8 @@ class _Quantized(_Recurrent):
         super().__init__(*args, device="meta", **kwargs)
         if self.proj_size:
             raise ValueError(f"{name} has no proj_size, got {self.proj_size}")
+        if self.mode.lower() not in CELLS:
+            raise ValueError(f"{name} has no reset_after=False")
         shapes = {name: parameter.shape for name, parameter in self.named_parameters(recurse=False)}
         scales = []
         for name, shape in shapes.items():
@@ -82,8 +85,8 @@ class _Quantized(_Recurrent):
                 )
             if parameter.dtype != torch.float32:
                 raise ValueError(f"{name} must be torch.float32 to be rounded to int8, got {parameter.dtype}")
-        option = {"RNN": "nonlinearity", "LSTM": "proj_size"}.get(kind)
-        options = {} if option is None else {option: getattr(module, option)}
+        option = {"RNN": "nonlinearity", "LSTM": "proj_size", "GRU": "reset_after"}[kind]
+        options = {option: getattr(module, option)} if hasattr(module, option) else {}  # torch.nn.GRU has none
         quantized = cls(
             module.input_size,
             module.hidden_size,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
 from rnnkern.nn._recurrent import _Recurrent
 
 _KEYWORDS = """
@@ -130,6 +131,11 @@ class GRU(_Recurrent):  # noqa: D101, it has one
 
     r, z = sigmoid(W x + b + U h + b'), n = tanh(W_n x + b_n + r (U_n h + b_n')), h' = (1 - z) n + z h. The constructor,
     parameters, initial values, inputs and outputs are those of `torch.nn.GRU`. Returns the output and h_n.
+
+    `reset_after=False`, by keyword alone, is the unit as first published, where r acts on h before the product:
+    n = tanh(W_n x + b_n + U_n (r h) + b_n'); so are `reset_after=False` of Keras and `linear_before_reset=0` of ONNX.
+    The parameters have the same names and shapes. It runs on the eager reference, since the kernels multiply before
+    they know r; `rnnkern.explain` says so.
 {_KEYWORDS}
     Source: Cho et al. 2014, https://arxiv.org/abs/1406.1078, in cuDNN's form.
 
@@ -141,10 +147,21 @@ class GRU(_Recurrent):  # noqa: D101, it has one
         (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
+        if not reset_after:
+            self.mode = GRU_RESET_BEFORE.name.upper()
+
+    @property
+    def reset_after(self) -> bool:
+        """Whether the reset gate acts after the recurrent product, as in torch."""
+        return self.mode == "GRU"
+
+    def extra_repr(self) -> str:
+        """Torch's, and what torch has not."""
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
     def forward(
         self,

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import forward_ad
 
 from rnnkern import _library
-from rnnkern.cells import CELLS
+from rnnkern.cells import CELLS, EAGER_CELLS
 
 BACKENDS = ("cpu", "triton", "cuda", "eager")  # in order of preference
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -45,6 +45,8 @@ def refusal(
         return f"{dtype} is not supported by cpu kernels"
     if transformed:
         return TRANSFORMED
+    if cell in EAGER_CELLS:
+        return f"{cell} is not supported by cpu kernels: they multiply by the recurrent weights before they know r"
     if cell not in CELLS:
         return f"cell {cell!r} is not supported by cpu kernels"
     return missing
@@ -66,7 +68,7 @@ def choose(
     """Chooses the backend for one layer from these facts alone, so that it can be tested for hardware that is not here.
 
     Args:
-        cell: name in `rnnkern.cells.CELLS`.
+        cell: name of a cell, as `rnnkern.cells.find_cell` takes it.
         device: device type of the tensors, as in `torch.device.type`.
         dtype: dtype of the input.
         T: time steps.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rnnkern import _library
-from rnnkern.cells import CELLS, reference
+from rnnkern.cells import CELLS, find_cell, reference
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops._dispatch import select
 from rnnkern.ops.packs import PackCache, Weights
@@ -268,7 +268,7 @@ def check_weights(
     The last sizes of `gates` and `recurrent` are H and that of the recurrent input; only with a projection they differ.
     `matrices` is the dtype of weight matrices, if not that of x; scale_ih and scale_hh of each direction may follow.
     """
-    rows = len(CELLS[cell].gates) * gates.shape[-1]
+    rows = len(find_cell(cell).gates) * gates.shape[-1]
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "scale_ih", "scale_hh")
     shapes = ((rows, x.shape[-1]), (rows, recurrent.shape[-1]), (rows,), (rows,), (rows,), (rows,))
     for at, w in enumerate(weights):
@@ -318,7 +318,7 @@ def recurrence(
             packs.forget()  # this call may be one with gradients
         check_weights(x, weights, cell, h0 if c0 is None else c0, h0)
         return reference.layer(
-            CELLS[cell],
+            find_cell(cell),
             x,
             h0,
             c0,
