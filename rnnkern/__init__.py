@@ -4,7 +4,7 @@ import rnnkern
 lstm = rnnkern.nn.LSTM(256, 512)  # in the place of torch.nn.LSTM
 """
 
-from rnnkern import functional, nn, seq2seq
+from rnnkern import functional, importers, nn, seq2seq
 from rnnkern._library import empty_cache
 from rnnkern.nn.quantized import quantize_dynamic
 from rnnkern.ops._dispatch import BackendUnavailable, backend, explain
@@ -18,6 +18,7 @@ __all__ = [
     "empty_cache",
     "explain",
     "functional",
+    "importers",
     "nn",
     "quantize_dynamic",
     "seq2seq",
