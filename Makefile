@@ -28,10 +28,11 @@ cpp := $(shell find csrc rnnkern/_bench -name '*.h' -o -name '*.cpp' -o -name '*
 alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-directory
 comma := ,
 
-.PHONY: help demo test bench sweep streaming build lint format ctest asan tsan sanitize tools check clean distclean FORCE
+.PHONY: help demo test fuzz bench sweep streaming build lint format ctest asan tsan sanitize tools check clean distclean FORCE
 help:
 	@echo 'make demo       train, test and show the grapheme-to-phoneme example on our kernels'
 	@echo 'make test       run every Python test'
+	@echo 'make fuzz       random modules and calls against torch.nn (ARGS="--seconds 3600": for an hour)'
 	@echo 'make bench      measure against torch.nn and others, write benchmarks/results/ (ARGS=--smoke: a few rows)'
 	@echo 'make sweep      random shapes against torch.nn; make streaming measures calls of one step'
 	@echo 'make build      make the environment ($(VENV)) and build the extension into it'
@@ -44,6 +45,9 @@ demo: build
 
 test: build
 	@$(python) -m pytest $(ARGS)
+
+fuzz: build
+	@$(python) -m tests.fuzz $(ARGS)
 
 bench: build
 	@$(python) -m benchmarks.report $(ARGS)
@@ -86,7 +90,9 @@ asan: build
 	rm -f build/asan/package/rnnkern/*.so; cmake --install build/asan >build/asan.log || { cat build/asan.log; exit 1; }; \
 	cd build/asan/package; export ASAN_OPTIONS=detect_leaks=0; \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  "$(CURDIR)/$(python)" -m pytest $(asan_tests)
+	  "$(CURDIR)/$(python)" -m pytest $(asan_tests); \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	  "$(CURDIR)/$(python)" -m tests.fuzz --seconds 20
 
 # Threads are started in the engines and in the team only.
 tsan: tools
