@@ -20,6 +20,7 @@ from tests.fuzz import cases
 from tests.fuzz.checks import check
 
 PATIENCE = 120  # seconds without a new case, counted while this process is not stopped itself
+FAILED = 3  # the child's answer if it has told of a case; a sanitizer's is 1
 STRATEGIES = {"module": cases.module_cases(), "keyword": cases.keyword_cases()}
 
 
@@ -59,16 +60,16 @@ def run(name: str, number: int, examples: int, journal: Path | None = None) -> s
 
 def child(seconds: float, number: int, names: list[str], journal: Path) -> int:
     faulthandler.enable()
-    end, rounds, failures, examples = time.monotonic() + seconds, 0, 0, 100
+    end, rounds, examples = time.monotonic() + seconds, 0, 100
     while time.monotonic() < end:
         for name in names:
             failure = run(name, number + rounds, examples, journal)
             if failure:
                 print(failure, flush=True)
-                return 1
+                return FAILED
         rounds += 1
     print(f"{rounds * len(names) * examples} cases, none failed", flush=True)
-    return failures
+    return 0
 
 
 def watch(arguments: argparse.Namespace) -> int:
@@ -77,7 +78,9 @@ def watch(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "case"
         command = ["--seconds", str(arguments.seconds), "--seed", str(number), "--journal", str(journal)]
-        process = subprocess.Popen([sys.executable, "-m", "tests.fuzz", *command, *arguments.only])
+        for name in arguments.only:
+            command += ["--only", name]
+        process = subprocess.Popen([sys.executable, "-m", "tests.fuzz", *command])
         last, idle = "", 0
         while process.poll() is None and idle < PATIENCE:
             time.sleep(1)
@@ -88,7 +91,7 @@ def watch(arguments: argparse.Namespace) -> int:
             process.wait()
             print(f"no end after {PATIENCE} s\nReproduce: {repeat(last)}")
             return 1
-        if process.returncode not in (0, 1):
+        if process.returncode not in (0, FAILED):
             print(f"died with {process.returncode}\nReproduce: {repeat(journal.read_text())}")
             return 1
         return process.returncode
@@ -99,7 +102,7 @@ def main() -> int:
     parser.add_argument("case", nargs="?", help="the repr of a case, to run it alone")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seed", type=int, help="of the first cases; by default another one every time")
-    parser.add_argument("--only", nargs="*", default=[], choices=STRATEGIES, help="kinds of cases; by default all")
+    parser.add_argument("--only", action="append", default=[], choices=STRATEGIES, help="a kind of cases; or all")
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
