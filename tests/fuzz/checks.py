@@ -152,7 +152,7 @@ def compare(ours: torch.nn.Module, theirs: torch.nn.Module, call: Call, kind: st
 
 
 def known(kind: str, theirs: torch.nn.Module, call: Call, ours: Any, other: Any) -> bool:
-    """Whether the outcomes differ in a way that docs/compatibility.md tells of: then there is nothing to compare."""
+    """Whether the outcomes differ as docs/compatibility.md says: then there is nothing to compare."""
     if call.lengths is not None and kind == "LSTM" and isinstance(ours, Exception):
         return True  # torch checks nothing here: whatever its kernel makes of it
     if isinstance(ours, Exception):
