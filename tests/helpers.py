@@ -74,6 +74,7 @@ class Layer:
     lengths: Tensor | None
     resets: Tensor | None
     cotangents: tuple[Tensor, ...]  # of y, h_n, c_n, c_all
+    grad_clip: float = 0.0
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -91,6 +92,7 @@ class Layer:
             resets=self.resets,
             return_states=True,
             packs=packs,
+            grad_clip=self.grad_clip,
         )
 
     def infer(self, backend: str = "cpu", packs: PackCache | None = None) -> dict[str, Tensor]:
@@ -167,6 +169,7 @@ def make_layer(
     lengths: Tensor | None = None,
     resets: Tensor | None = None,
     every_c: bool = False,  # whether the gradient of c_all is other than zero, which torch cannot follow
+    grad_clip: float = 0.0,
     seed: int = 0,
 ) -> Layer:
     generator = torch.Generator().manual_seed(seed)
@@ -201,6 +204,7 @@ def make_layer(
             uniform(D, B, H).to(dtype),
             uniform(T, B, D * H).to(dtype) * every_c,
         ),
+        grad_clip=grad_clip,
     )
 
 

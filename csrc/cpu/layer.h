@@ -62,6 +62,7 @@ struct LayerGradients {
     void *dw_ih, *dw_hh, *db_ih, *db_hh;  // S, shapes of the weights; biases null where there are none
   } weights[2];
   bool need_dw;
+  double clip;  // the gradient of every gate, dgx and dgh, is limited to [-clip, clip]; 0: not limited
 };
 
 // Multiply-adds from which a forward call is divided among threads, and among those that are awake.

@@ -1,9 +1,9 @@
 // Backward of one layer, in chunks of steps against the order of forward; see layer_engine.h for who does what.
 //
-// For each step of a chunk: dh = W_hh^T dgh of the step just done, then the cell's pointwise backward. When a chunk is
-// done, while its gate gradients are warm: dx = W_ih^T dgx by rows, and dW += dg^T [x, h] by units, each chunk's sum
-// made afresh and added to the total (one long chain would be several times less accurate). The length of a chunk
-// depends on B alone, because it is part of the canonical order of summation.
+// For each step of a chunk: dh = W_hh^T dgh of the step just done, then the cell's pointwise backward, whose gate
+// gradients may be limited. When a chunk is done, while its gate gradients are warm: dx = W_ih^T dgx by rows, and dW +=
+// dg^T [x, h] by units, each chunk's sum made afresh and added to the total (one long chain would be several times less
+// accurate). The length of a chunk depends on B alone, because it is part of the canonical order of summation.
 //
 // Gate gradients lie in slots, [slot block][chunk row][16]: first the recurrent part of the split gates, then the gates
 // that dgx and dgh share, then the input part of the split gates: dgh is slots [0, G), dgx slots [split, split + G).
@@ -311,6 +311,7 @@ class Backward {
                                     : V::load(saved(d, before, block, m) + (kSaved + s - 1) * kBlock + j);
       }
       Cell::backward(kept, state, dnext, dgx, dgh, dstate);
+      if (grad_.clip > 0) clip(dgx, dgh);
       // Lanes past H would otherwise carry what a non-finite input left there into the products.
       for (int g = 0; g < kGates; ++g) {
         if (g >= kGates - kSplit) dgx[g].first(lanes).store(gate_row + (kSplit + g) * rows_stride_);
@@ -319,6 +320,15 @@ class Backward {
       for (int s = 0; s < kStates; ++s) {
         (zero_before ? V(T(0)) : dstate[s]).store(carry_[d][s] + carry_at + j);
       }
+    }
+  }
+
+  // NaN stays NaN.
+  void clip(V (&dgx)[kGates], V (&dgh)[kGates]) const {
+    const V low(T(-grad_.clip)), high(T(grad_.clip));
+    for (int g = 0; g < kGates; ++g) {
+      dgx[g] = larger(low, smaller(high, dgx[g]));
+      dgh[g] = larger(low, smaller(high, dgh[g]));
     }
   }
 

@@ -125,7 +125,8 @@ LayerResults run_forward(LayerArguments& args, bool return_states, bool save) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer(std::string cell, Tensor x, Tensor h0, OptionalTensor c0,
                                                          RNNKERN_WEIGHT_ARGUMENTS, OptionalTensor lengths,
-                                                         OptionalTensor resets, bool return_states) {
+                                                         OptionalTensor resets, bool return_states,
+                                                         [[maybe_unused]] double grad_clip) {  // is for its backward
   LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
   LayerResults out = run_forward(args, return_states, true);
   return {out.y, out.h_n, out.c_n, out.c_all, out.saved};
@@ -185,7 +186,7 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor dh_n, OptionalTensor dc_n,
                             OptionalTensor dc_all, Tensor x, Tensor h0, OptionalTensor c0, RNNKERN_WEIGHT_ARGUMENTS,
                             OptionalTensor lengths, OptionalTensor resets, Tensor y, Tensor saved, bool need_dx,
-                            bool need_dh0, bool need_dw) {
+                            bool need_dh0, bool need_dw, double grad_clip) {
   LayerArguments args(cell, x, h0, c0, RNNKERN_WEIGHTS, lengths, resets);
   const LayerInputs& in = args.in;
   const Dtype dtype = in.dtype, compute = compute_dtype(dtype);
@@ -226,6 +227,7 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
   grad.dh0 = need_dh0 ? dh0.mutable_data_ptr() : nullptr;
   grad.dc0 = need_dh0 && args.two_states() ? dc0.mutable_data_ptr() : nullptr;
   grad.need_dw = need_dw;
+  grad.clip = grad_clip;
   for (int d = 0; d < in.D && need_dw; ++d) {
     void* data[4];
     for (int i = 0; i < 4; ++i)
@@ -246,14 +248,14 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
 
 STABLE_TORCH_LIBRARY(rnnkern, m) {
   m.def("layer(str cell, " RNNKERN_LAYER_SCHEMA
-        ", bool return_states) -> "
+        ", bool return_states, float grad_clip=0.) -> "
         "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all, Tensor saved)");
   m.def("layer_inference(str cell, " RNNKERN_LAYER_SCHEMA
         ", bool return_states, Tensor? packed) -> " RNNKERN_OUTPUT_SCHEMA);
   m.def("layer_int8(str cell, " RNNKERN_STATE_SCHEMA RNNKERN_WEIGHT_SCHEMA ", " RNNKERN_SCALE_SCHEMA
         ", Tensor? lengths, Tensor? resets, bool return_states, Tensor? packed) -> " RNNKERN_OUTPUT_SCHEMA);
   m.def("layer_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc_all, " RNNKERN_LAYER_SCHEMA
-        ", Tensor y, Tensor saved, bool need_dx, bool need_dh0, bool need_dw) -> "
+        ", Tensor y, Tensor saved, bool need_dx, bool need_dh0, bool need_dw, float grad_clip=0.) -> "
         "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, "
         "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse)");
   m.def("pack(str cell, " RNNKERN_WEIGHT_SCHEMA ") -> Tensor");

@@ -7,6 +7,8 @@ Low precision (bfloat16, float16): products, gates and the cell state are float3
 after each step, so that y is exactly what the next step reads.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -17,6 +19,27 @@ from rnnkern.cells.spec import CellSpec
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of products and cell states for values stored as `dtype`."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class _ClipGradient(torch.autograd.Function):
+    """The identity, whose gradient is limited to [-limit, limit] element by element."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, limit: float) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.limit = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].clamp(-ctx.limit, ctx.limit), None
+
+
+_clip_gradient: Any = _ClipGradient.apply
 
 
 def layer(
@@ -30,6 +53,7 @@ def layer(
     lengths: Tensor | None = None,  # [B]: steps of each row
     resets: Tensor | None = None,  # [T, B]: an episode starts here, so no state passes between t-1 and t
     return_states: bool = False,
+    grad_clip: float = 0.0,  # bound of every element of dL/dgx_t and dL/dgh_t; 0: none
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Runs a layer in one or both directions.
 
@@ -47,11 +71,32 @@ def layer(
         present = torch.arange(T, device=x.device)[:, None] < lengths.to(x.device)  # [T, B]
         padded = x.new_zeros(T, B, x.shape[1]).masked_scatter(present[:, :, None], x)
         y, h_n, c_n, c_all = layer(
-            spec, padded, h0, c0, weights, projection=projection, lengths=lengths, return_states=return_states
+            spec,
+            padded,
+            h0,
+            c0,
+            weights,
+            projection=projection,
+            lengths=lengths,
+            return_states=return_states,
+            grad_clip=grad_clip,
         )
         rows = (torch.arange(T)[:, None] < lengths.cpu()).flatten().nonzero()[:, 0].to(x.device)  # also on meta
         y, c_all = (s.flatten(0, 1).index_select(0, rows) if s.dim() == 3 else s for s in (y, c_all))
         return y, h_n, c_n, c_all
+    if x.shape[0] == 0:  # one step that no row has, so that every gradient exists
+        B = h0.shape[1]
+        y, h_n, c_n, c_all = layer(
+            spec,
+            torch.cat([x, x.new_zeros(1, B, x.shape[2])]),
+            h0,
+            c0,
+            weights,
+            projection=projection,
+            lengths=torch.zeros(B, dtype=torch.long),
+            return_states=return_states,
+        )
+        return y[:0], h_n, c_n, c_all[:0]
     steps = torch.arange(x.shape[0], device=x.device)[:, None]  # [T, 1]
     alive = None if lengths is None else steps < lengths.to(x.device)  # [T, B]
     # boundary[t, b]: no state passes between steps t-1 and t. Beyond a row's end there is nothing to separate.
@@ -64,10 +109,9 @@ def layer(
         assert w_ih is not None
         assert w_hh is not None
         reverse = direction == 1
+        w_hr = projection[direction]
         outputs.append(
-            _direction(
-                spec, x, h0[direction], c, w_ih, w_hh, b_ih, b_hh, projection[direction], alive, boundary, reverse
-            )
+            _direction(spec, x, h0[direction], c, w_ih, w_hh, b_ih, b_hh, w_hr, alive, boundary, reverse, grad_clip)
         )
     ys, hs, cs, all_cs = ([out[i] for out in outputs] for i in range(4))
     two_states = len(spec.states) == 2
@@ -93,6 +137,7 @@ def _direction(
     alive: Tensor | None,  # [T, B]
     boundary: Tensor | None,  # [T, B]
     reverse: bool,
+    grad_clip: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction: y [T, B, H], h_n [B, H], c_n [B, H] and c_all [T, B, H] (h in their place if there is no c)."""
     storage, compute = x.dtype, compute_dtype(x.dtype)
@@ -102,6 +147,8 @@ def _direction(
     w_ih, w_hh = w_ih.to(compute), w_hh.to(compute)
     b_ih, b_hh, w_hr = (None if w is None else w.to(compute) for w in (b_ih, b_hh, w_hr))
     gx = linear(x.to(compute), w_ih, b_ih)  # [T, B, G*H]
+    if grad_clip:
+        gx = _clip_gradient(gx, grad_clip)
 
     state: tuple[Tensor, ...] = (h.to(compute),) if c is None else (h.to(compute), c)
     y: list[Tensor] = [x] * T
@@ -112,6 +159,8 @@ def _direction(
         if boundary is not None and edge < T:
             before = tuple(s.masked_fill(boundary[edge][:, None], 0) for s in state)
         gh = spec.recurrent_part(gx[t], before[0], w_hh, b_hh)  # [B, G*H]
+        if grad_clip:
+            gh = _clip_gradient(gh, grad_clip)
         after = spec.next_state(gx[t], gh, before)
         h_next = after[0] if w_hr is None else linear(after[0], w_hr)
         after = (h_next.to(storage).to(compute), *after[1:])

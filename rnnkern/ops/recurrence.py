@@ -64,9 +64,9 @@ def _fake_backward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor | None,
-    *rest: Any,  # the weights, lengths, resets, y, saved, need_dx, need_dh0, need_dw
+    *rest: Any,  # the weights, lengths, resets, y, saved, need_dx, need_dh0, need_dw, perhaps grad_clip
 ) -> tuple[Tensor, ...]:
-    weights, (need_dx, need_dh0, need_dw) = rest[:8], rest[-3:]
+    weights, (need_dx, need_dh0, need_dw) = rest[:8], rest[12:15]
     compute = compute_dtype(x.dtype)
     return (
         x.new_empty(x.shape if need_dx else (0,)),
@@ -86,6 +86,7 @@ def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(*inputs[1:14], y, saved)  # x to resets
     ctx.two_states = inputs[3] is not None
     ctx.every_state = ctx.two_states and inputs[14]
+    ctx.grad_clip = inputs[15]
     ctx.mark_non_differentiable(saved, *(() if ctx.two_states else (c_n,)), *(() if ctx.every_state else (c_all,)))
     ctx.set_materialize_grads(False)
 
@@ -93,21 +94,22 @@ def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _layer_backward(
     ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc_all: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad  # cell, x, h0, c0, 8 weights, lengths, resets, return_states
+    needed = ctx.needs_input_grad  # cell, x, h0, c0, 8 weights, lengths, resets, return_states, grad_clip
     dc_n = dc_n if ctx.two_states else None  # AOTAutograd gives zeros of shape [0] here
     dc_all = dc_all if ctx.every_state else None
     saved = ctx.saved_tensors  # may run hooks, such as a checkpoint's whole forward: not below autograd
     # Without this, every backward would enter the Python formula of its own gradient to find that nobody wants one.
     with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.rnnkern.layer_backward.default(
-            ctx.cell, dy, dh_n, dc_n, dc_all, *saved, needed[1], any(needed[2:4]), any(needed[4:12])
+            ctx.cell, dy, dh_n, dc_n, dc_all, *saved, needed[1], any(needed[2:4]), any(needed[4:12]), ctx.grad_clip
         )
-    return (None, *(grad if need else None for grad, need in zip(grads, needed[1:12])), None, None, None)
+    return (None, *(grad if need else None for grad, need in zip(grads, needed[1:12])), None, None, None, None)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.cell = inputs[0]
     ctx.save_for_backward(*inputs[1:18])  # dy to resets: y and saved follow from them
+    ctx.grad_clip = inputs[23]
     ctx.set_materialize_grads(False)
 
 
@@ -137,10 +139,11 @@ def _double_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Tensor | None, .
             lengths=lengths,
             resets=resets,
             return_states=cotangents[3] is not None,
+            grad_clip=ctx.grad_clip,
         )
         first = _grad(outputs, cotangents, inputs, create_graph=True)
         second = _grad(first, dgrads, aliases, create_graph=higher)
-    return (None, *second, None, None, None, None, None, None, None)
+    return (None, *second, None, None, None, None, None, None, None, None)
 
 
 def _grad(
@@ -203,7 +206,7 @@ class _CellStep(torch.autograd.Function):
             check_weights(x, weights, cell, h, h)
             with torch._C._AutoDispatchBelowAutograd():
                 _, h_n, c_n, _, saved = _layer(
-                    cell, *_with_time(x, h, c), *weights, None, None, None, None, None, None, False
+                    cell, *_with_time(x, h, c), *weights, None, None, None, None, None, None, False, 0.0
                 )
             kept = h_n[0], None if c is None else c_n[0], saved
         ctx.cell = cell
@@ -302,6 +305,7 @@ def recurrence(
     projection: tuple[Tensor | None, ...] = (None, None),  # w_hr of each direction, [P, H]
     packs: PackCache | None = None,
     layer: int = 0,  # which entry of `packs` is this layer's
+    grad_clip: float = 0.0,
 ) -> Outputs:
     """Runs one layer in one or both directions on the backend that `rnnkern.ops._dispatch.choose` names.
 
@@ -327,6 +331,7 @@ def recurrence(
             lengths=lengths,
             resets=resets,
             return_states=return_states,
+            grad_clip=grad_clip,
         )
     tracing = (
         torch._C._get_tracing_state() is not None
@@ -344,7 +349,7 @@ def recurrence(
             packs.forget()  # an optimizer may follow that changes the weights without a trace
         check_weights(x, weights, cell, h0, h0)
         call = _layer if tracing or torch.compiler.is_compiling() else _apply_layer
-        y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states)
+        y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states, grad_clip)
         return y, h_n, c_n, c_all
     packed = key = None
     keep = x.shape[0] < SHORT or x.shape[0] * (x.shape[1] if x.dim() == 3 else 1) < FEW_ROWS
