@@ -139,6 +139,27 @@ def test_very_many_steps() -> None:
     assert torch.equal(h_cut[0], torch.stack([y[T - 2, 0], y[66_000 - 1, 1]]))
 
 
+@needs_kernels
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_gradients_of_very_many_steps(kind: str) -> None:
+    """The same as over two calls, each of fewer steps; what is kept for them grows with T alone."""
+    T, cut, H = 70_000, 40_000, 4
+    module = getattr(rnnkern.nn, kind)(3, H)
+    x = torch.randn(T, 1, 3, requires_grad=True)
+    weights = torch.randn(T, 1, H)
+    y, _ = module(x)
+    first, state = module(x[:cut])
+    second, _ = module(x[cut:], state)
+    assert torch.equal(y, torch.cat([first, second]))
+    found, expected = (
+        torch.autograd.grad((out * weights).sum(), [x, *module.parameters()]) for out in (y, torch.cat([first, second]))
+    )
+    assert torch.equal(found[0], expected[0])
+    assert found[0][:cut].any(-1).all()
+    for gradient, value in zip(found, expected):
+        torch.testing.assert_close(gradient, value, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("D", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)

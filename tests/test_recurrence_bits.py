@@ -53,6 +53,38 @@ def test_the_batch_around_a_row(cell: str, dtype: torch.dtype, isa: str) -> None
         assert_same_bits(part.infer(), {name: value[:, begin:end] for name, value in whole.items()})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradients_and_the_batch_around_a_row(cell: str, dtype: torch.dtype, isa: str) -> None:
+    """Those of the row's own: of x and its initial state."""
+    T, B = 40, 37
+    whole = make_layer(cell, T, B, 9, 51, D=2, dtype=dtype, every_c=True)
+    wanted = ["y", "h_n", "dx", "dh0", *(["c_n", "c_all", "dc0"] if whole.c0 is not None else [])]
+    found = whole.run("cpu")
+    for begin, end in ((0, 1), (36, 37), (3, 20)):
+        part = make_layer(cell, T, B, 9, 51, D=2, dtype=dtype, every_c=True)
+        part.x, part.h0 = part.x[:, begin:end], part.h0[:, begin:end]
+        part.c0 = None if part.c0 is None else part.c0[:, begin:end]
+        part.cotangents = tuple(d[:, begin:end] for d in part.cotangents)
+        alone = part.run("cpu")
+        assert_same_bits({name: alone[name] for name in wanted}, {name: found[name][:, begin:end] for name in wanted})
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_runs_repeat_themselves(cell: str, isa: str) -> None:
+    """With no setting, and torch's for determinism finds nothing to object to."""
+    layer = make_layer(cell, 33, 20, 20, 64, D=2, lengths=torch.randint(0, 34, (20,)), every_c=True)
+    with threads(2):
+        first, second = layer.run("cpu"), layer.run("cpu")
+        torch.use_deterministic_algorithms(True)
+        try:
+            third = layer.run("cpu")
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert_same_bits(second, first)
+    assert_same_bits(third, first)
+
+
 @pytest.mark.parametrize("B", [1, 20])
 @pytest.mark.parametrize("cell", CELLS)
 def test_padding_of_other_rows(cell: str, B: int) -> None:
