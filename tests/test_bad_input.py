@@ -35,8 +35,6 @@ LIKE_TORCH: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "input dtype": lambda kind: (torch.zeros(T, B, I, dtype=torch.float64),),
     "integer input": lambda kind: (torch.zeros(T, B, I, dtype=torch.long),),
     "input on another device": lambda kind: (torch.zeros(T, B, I, device="meta"),),
-    "no steps": lambda kind: (torch.zeros(0, B, I),),
-    "no steps, unbatched": lambda kind: (torch.zeros(0, I),),
     "hx batch": lambda kind: (torch.zeros(T, B, I), state(kind, 1, B + 1, H)),
     "hx layers": lambda kind: (torch.zeros(T, B, I), state(kind, 2, B, H)),
     "hx size": lambda kind: (torch.zeros(T, B, I), state(kind, 1, B, H + 1)),

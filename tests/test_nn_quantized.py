@@ -74,8 +74,8 @@ def test_forms_of_input(
             assert_close(quantized(packed, hx), reference(packed, hx))
             assert_close(quantized(x, hx, lengths=lengths), reference(x, hx, lengths=lengths))
             assert_close(quantized(x, hx, resets=resets), reference(x, hx, resets=resets))
-            if kind == "LSTM":
-                assert_close(quantized(x, hx, return_cell_states=True), reference(x, hx, return_cell_states=True))
+            every = {"return_sequence_states": True}
+            assert_close(quantized(x, hx, **every), reference(x, hx, **every))
 
 
 @needs_kernels

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import rnnkern
 from tests.helpers import BACKENDS
@@ -149,23 +149,50 @@ def test_lengths_of_zero_and_resets_through_the_module(backend: str, proj_size: 
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("proj_size", [0, 3])
-def test_every_cell_state(proj_size: int, batch_first: bool) -> None:
-    lstm = rnnkern.nn.LSTM(I, H, 2, batch_first=batch_first, proj_size=proj_size)
+@pytest.mark.parametrize(("kind", "options"), [("RNN", {}), ("GRU", {}), ("LSTM", {}), ("LSTM", {"proj_size": 3})])
+def test_every_state(kind: str, options: dict[str, Any], batch_first: bool) -> None:
+    """What belongs to step t is the state that the call on the steps up to t ends in, and continues as hx."""
+    module = getattr(rnnkern.nn, kind)(I, H, 2, batch_first=batch_first, **options)
     x = torch.randn(T, B, I)
     given = x.transpose(0, 1) if batch_first else x
-    output, (_, c_n), cells = lstm(given, return_cell_states=True)
-    assert cells.shape == (*output.shape[:2], H)
-    time_major = cells.transpose(0, 1) if batch_first else cells
+    time = 1 if batch_first else 0
+    output, final, states = module(given, return_sequence_states=True)
+    torch.testing.assert_close(output, module(given)[0], rtol=0, atol=0)
+    assert isinstance(states, tuple) == (kind == "LSTM")
+    at = [tree_map(lambda s, t=t: s[t], states) for t in range(T)]
+    torch.testing.assert_close(at[-1], final, rtol=0, atol=0)
     for t in range(T):
-        torch.testing.assert_close(time_major[t], lstm(given[:, : t + 1] if batch_first else given[: t + 1])[1][1][-1])
-    torch.testing.assert_close(time_major[-1], c_n[-1], rtol=0, atol=0)
+        torch.testing.assert_close(at[t], module(given.narrow(time, 0, t + 1))[1])
+    rest, _ = module(given.narrow(time, 2, T - 2), at[1])
+    torch.testing.assert_close(rest, output.narrow(time, 2, T - 2))
+
     packed = pack_sequence([x[:2, 0], x[:, 1]], enforce_sorted=False)
-    _, (_, c_packed), cells_packed = lstm(packed, return_cell_states=True)
-    unpacked, lengths = pad_packed_sequence(cells_packed)
-    assert lengths.tolist() == [2, T]
-    torch.testing.assert_close(unpacked[[1, T - 1], [0, 1]], c_packed[-1], rtol=0, atol=0)
-    assert lstm(x[:, 0], return_cell_states=True)[2].shape == (T, H)
+    _, final, states_packed = module(packed, return_sequence_states=True)
+    for end, every, padded in zip(tree_leaves(final), _sequences(states_packed), _sequences(states)):
+        unpacked, lengths = pad_packed_sequence(every)
+        assert lengths.tolist() == [2, T]
+        torch.testing.assert_close(unpacked[[1, T - 1], [0, 1]], end.transpose(0, 1), rtol=0, atol=0)
+        torch.testing.assert_close(unpacked[:, 1], padded[:, :, 1])
+    one = module(x[:, 0], return_sequence_states=True)[2]
+    torch.testing.assert_close(one, tree_map(lambda s: s[:, :, 0], states))
+
+
+def _sequences(states: Any) -> list[Any]:
+    """h alone or (h, c) as a list; a PackedSequence is a tuple, too."""
+    return [states] if isinstance(states, Tensor | PackedSequence) else list(states)
+
+
+def test_every_state_of_both_directions() -> None:
+    """The reverse one's at t is what it has made of the steps from t on."""
+    lstm = rnnkern.nn.LSTM(I, H, bidirectional=True, dtype=torch.float64)
+    x, lengths = torch.randn(T, B, I, dtype=torch.float64), torch.tensor([T, 2, 0])
+    output, (_, c_n), (h, c) = lstm(x, lengths=lengths, return_sequence_states=True)
+    assert h.shape == c.shape == (T, 2, B, H)
+    torch.testing.assert_close(h.transpose(1, 2).flatten(2), output, rtol=0, atol=0)
+    assert not c[2:, :, 1].any()
+    torch.testing.assert_close(c[[T - 1, 0], [0, 1], 0], c_n[:, 0])
+    for t in range(T):
+        torch.testing.assert_close(c[t, 1, 0], lstm(x[t:, 0])[1][1][1])
 
 
 def test_hx_may_be_a_list() -> None:

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.nn._options import OPTIONS, Options
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.recurrence import Outputs, check_lengths, recurrence
@@ -19,15 +20,15 @@ _TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its n
 _NO_PROJECTION = (None, None)
 
 
-class _Recurrent(torch.nn.RNNBase):
+class _Recurrent(Options):
     """What RNN, LSTM and GRU share: everything but the constructor's arguments and the form of hx."""
 
     _packs: PackCache
     _pack_cache: type[PackCache] = PackCache
     _recurrence: Callable[..., Outputs] = staticmethod(recurrence)
-    _two_states: bool  # h and c, as LSTM has; every other cell of two states takes hx in LSTM's form
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         own = mode not in _TORCH_MODES
         super().__init__("RNN_TANH" if own else mode, *args, **kwargs)
         self._packs = self._pack_cache()
@@ -40,6 +41,7 @@ class _Recurrent(torch.nn.RNNBase):
                 H, *rest = parameter.shape
                 setattr(self, name, torch.nn.Parameter(parameter.new_empty(gates * H, *rest)))
             self.reset_parameters()
+        self._set_options(**options)
 
     def flatten_parameters(self) -> None:
         """Does what torch's does, which knows torch's cells only."""
@@ -187,7 +189,9 @@ class _Recurrent(torch.nn.RNNBase):
         return weight.dtype
 
     def _first_state(self, x: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
-        """Zeros for h [L*D, B, H or P] and c [L*D, B, H]."""
+        """h [L*D, B, H or P] and c [L*D, B, H]: zeros, or what was learned."""
+        if self.learn_initial_state:
+            return self._learned_state(B)
         layers = self.num_layers * (2 if self.bidirectional else 1)
         h = x.new_zeros(layers, B, self.proj_size or self.hidden_size)
         return h, x.new_zeros(layers, B, self.hidden_size) if self._two_states else None
@@ -205,7 +209,6 @@ class _Recurrent(torch.nn.RNNBase):
     def _check(
         self,
         input: Tensor,  # in torch's layout
-        T: int,
         B: int,
         hx: Any,  # as it was given, if it has to be a pair
         h: Tensor,
@@ -236,8 +239,6 @@ class _Recurrent(torch.nn.RNNBase):
                     "Input and hidden tensors are not at the same device, "
                     f"found input tensor at {device} and hidden tensor at {state.device}"
                 )
-        if T == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         for state in states:
             if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
                 raise RuntimeError(f"hx must have the dtype of input. Expected {input.dtype}, got {state.dtype}")
@@ -245,7 +246,7 @@ class _Recurrent(torch.nn.RNNBase):
     def _run(
         self, input: Any, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool = False
     ) -> tuple[Any, Tensor, Tensor | None, Any]:
-        """Output, h_n, c_n and every c of the last layer, in the form that the input has."""
+        """Output, h_n, c_n and, if asked for, the states after every step, in the form that the input has."""
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx, lengths, resets, return_states)
         try:
@@ -289,22 +290,34 @@ class _Recurrent(torch.nn.RNNBase):
         weight = first[0][0]
         assert weight is not None
         dtype = self._dtype(weight)
-        self._check(input, T, B, hx, h, c, dtype)
+        self._check(input, B, hx, h, c, dtype)
         if lengths is not None:
             lengths = check_lengths(lengths, T, B)
         if resets is not None:
             resets = self._time_major_resets(resets, T, B, batched, weight.device)
         if x.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
             x, h = x.to(dtype), h.to(dtype)
-        y, h_n, c_n, c_all = self._layers(x, h, c, first, lengths, resets, return_states)
-        if T < SHORT and not (self.bidirectional or self.proj_size or torch.compiler.is_compiling()):
+        if resets is None or T == 0 or not self.learn_initial_state:
+            y, h_n, c_n, states = self._layers(x, h, c, first, lengths, resets, return_states)
+        else:
+            y, h_n, c_n, states = self._episodes(self._layers, x, h, c, first, lengths, resets, return_states)
+        if (
+            T < SHORT
+            and not (self.bidirectional or self.proj_size or torch.compiler.is_compiling())
+            and not self.learn_initial_state  # without hx a short call starts from zeros
+        ):
             self._prepare_short()
         if not batched:
             c_n = None if c_n is None else c_n.squeeze(1)
-            return y.squeeze(1), h_n.squeeze(1), c_n, None if c_all is None else c_all.squeeze(1)
-        if self.batch_first:
-            return y.transpose(0, 1), h_n, c_n, None if c_all is None else c_all.transpose(0, 1)
-        return y, h_n, c_n, c_all
+            y, h_n = y.squeeze(1), h_n.squeeze(1)
+            states = None if states is None else tuple(s.squeeze(2) for s in states)
+        elif self.batch_first:
+            y = y.transpose(0, 1)
+        return y, h_n, c_n, self._in_form(states)
+
+    def _in_form(self, states: tuple[Any, ...] | None) -> Any:
+        """h alone, or the pair (h, c), as hx has it."""
+        return states if states is None or self._two_states else states[0]
 
     def _time_major_resets(self, resets: Tensor, T: int, B: int, batched: bool, device: torch.device) -> Tensor:
         """Returns resets as [T, B]; raises RuntimeError unless they are bool, in the input's layout, on its device."""
@@ -332,8 +345,8 @@ class _Recurrent(torch.nn.RNNBase):
         lengths: Tensor | None,  # [B]
         resets: Tensor | None,  # [T, B]
         return_states: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The stack of layers: y [T, B, D*H], h_n, c_n and every c of the last layer, the latter two in x's dtype."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+        """The stack of layers: y [T, B, D*H], h_n, c_n in x's dtype, and h and c after every step [T, L*D, B, H]."""
         D, L = 2 if self.bidirectional else 1, self.num_layers
         cell = self.mode.lower()
         dtype = x.dtype
@@ -344,8 +357,9 @@ class _Recurrent(torch.nn.RNNBase):
         if self.training:
             self._packs.forget()
             packs = None
+        run = self._recurrence_of_options(self._recurrence)
         if L == 1:
-            y, h_n, c_n, c_all = self._recurrence(
+            y, h_n, c_n, c_all = run(
                 cell,
                 x,
                 h,
@@ -357,14 +371,15 @@ class _Recurrent(torch.nn.RNNBase):
                 projection=first[1],
                 packs=packs,
             )
+            states = _every_state([y], [c_all], c is not None, D, dtype) if return_states else None
             if c is None:
-                return y, h_n, None, None
-            return y, h_n, c_n if compute == dtype else c_n.to(dtype), c_all.to(dtype) if return_states else None
-        h_layers, c_layers = [], []
+                return y, h_n, None, states
+            return y, h_n, c_n if compute == dtype else c_n.to(dtype), states
+        h_layers, c_layers, outputs, cells = [], [], [], []
         for layer in range(L):
             weights, projection = self._layer_weights(layer) if layer else first
             rows = slice(layer * D, layer * D + D)
-            y, h_layer, c_layer, c_all = self._recurrence(
+            y, h_layer, c_layer, c_all = run(
                 cell,
                 x,
                 h[rows],
@@ -372,19 +387,23 @@ class _Recurrent(torch.nn.RNNBase):
                 weights,
                 lengths=lengths,
                 resets=resets,
-                return_states=return_states and layer == L - 1,
+                return_states=return_states,
                 projection=projection,
                 packs=packs,
                 layer=layer,
             )
             h_layers.append(h_layer)
             c_layers.append(c_layer)
+            if return_states:
+                outputs.append(y)
+                cells.append(c_all)
             x = y
             if self.dropout and self.training and layer < L - 1:
                 x = torch.dropout(x, self.dropout, True)
+        states = _every_state(outputs, cells, c is not None, D, dtype) if return_states else None
         if c is None:
-            return y, torch.cat(h_layers), None, None
-        return y, torch.cat(h_layers), torch.cat(c_layers).to(dtype), c_all.to(dtype) if return_states else None
+            return y, torch.cat(h_layers), None, states
+        return y, torch.cat(h_layers), torch.cat(c_layers).to(dtype), states
 
     def _run_packed(
         self, packed: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
@@ -422,17 +441,30 @@ class _Recurrent(torch.nn.RNNBase):
         first = self._layer_weights(0)
         assert first[0][0] is not None
         dtype = self._dtype(first[0][0])
-        self._check(data, len(batch_sizes), B, hx, h, c, dtype, batch_sizes)
+        self._check(data, B, hx, h, c, dtype, batch_sizes)
         if data.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
             data, h = data.to(dtype), h.to(dtype)
         row_lengths = (batch_sizes[:, None] > torch.arange(B, device=batch_sizes.device)).sum(0)
-        y, h_n, c_n, c_all = self._layers(data, h, c, first, row_lengths, None, return_states)
+        y, h_n, c_n, states = self._layers(data, h, c, first, row_lengths, None, return_states)
         if back is not None:
             h_n = h_n.index_select(1, back)
             c_n = None if c_n is None else c_n.index_select(1, back)
         output = PackedSequence(y, batch_sizes, order, back)
-        states = None if c_all is None else PackedSequence(c_all, batch_sizes, order, back)
-        return output, h_n, c_n, states
+        every = None if states is None else tuple(PackedSequence(s, batch_sizes, order, back) for s in states)
+        return output, h_n, c_n, self._in_form(every)
+
+
+def _every_state(
+    outputs: list[Tensor],  # of each layer, [T, B, D*H], or [N, D*H] of packed rows
+    cells: list[Tensor],
+    two_states: bool,
+    D: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """h, and c of cells that have one, after every step: [T, L*D, B, H], or [N, L*D, H]."""
+    kinds = (outputs, cells) if two_states else (outputs,)
+    split = [[y.view(*y.shape[:-1], D, y.shape[-1] // D) for y in kind] for kind in kinds]  # [T, B, D, H] or [N, D, H]
+    return tuple(torch.cat([s if s.dim() == 3 else s.transpose(1, 2) for s in kind], 1).to(dtype) for kind in split)
 
 
 def _first_two(hx: Any) -> tuple[Tensor, Any]:

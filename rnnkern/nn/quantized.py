@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from rnnkern.cells import CELLS
+from rnnkern.nn._options import INITIAL_STATE, OF_BACKWARD
 from rnnkern.nn._recurrent import _NO_PROJECTION, _Recurrent
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
 from rnnkern.ops.int8 import Int8PackCache, quantize_rows, recurrence_int8
@@ -46,6 +47,9 @@ class _Quantized(_Recurrent):
         name = type(self).__name__
         if kwargs.get("dtype") not in (None, torch.float32):
             raise ValueError(f"{name} computes in torch.float32, got dtype={kwargs['dtype']}")
+        for option in OF_BACKWARD:
+            if kwargs.get(option) is not None:
+                raise ValueError(f"{name} has no gradients, got {option}={kwargs[option]}")
         super().__init__(*args, device="meta", **kwargs)
         if self.proj_size:
             raise ValueError(f"{name} has no proj_size, got {self.proj_size}")
@@ -55,7 +59,7 @@ class _Quantized(_Recurrent):
         scales = []
         for name, shape in shapes.items():
             delattr(self, name)
-            dtype = torch.int8 if len(shape) == 2 else torch.float32
+            dtype = torch.int8 if len(shape) == 2 else torch.float32  # of h_0 and c_0, of rank 3, too
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
             if len(shape) == 2:
                 scales.append(f"{name}_scale")
@@ -77,6 +81,9 @@ class _Quantized(_Recurrent):
         if not isinstance(module, getattr(torch.nn, kind) | cls._float) or isinstance(module, _Quantized):
             raise TypeError(f"{cls.__name__}.from_float takes a float {kind}, got {type(module).__name__}")
         names = [name for names in module._all_weights for name in names]
+        learned = getattr(module, "learn_initial_state", False)
+        if learned:
+            names += [name for name in INITIAL_STATE if hasattr(module, name)]
         parameters: dict[str, Tensor] = {name: getattr(module, name) for name in names}
         for name, parameter in parameters.items():
             if name not in module._parameters:  # weight_norm's hook would have set it before the call
@@ -96,6 +103,7 @@ class _Quantized(_Recurrent):
             dropout=module.dropout,
             bidirectional=module.bidirectional,
             device=next(iter(parameters.values())).device,
+            learn_initial_state=learned,
             **options,
         )
         for name, parameter in parameters.items():

@@ -20,13 +20,34 @@ _KEYWORDS = """
       state before the step ahead of it, and no gradient crosses. The result equals running the episodes one by one; hx
       enters the first that each direction meets, unless `resets` is True at t = 0, which replaces it in the forward
       direction. Not together with a PackedSequence.
+    - `return_sequence_states`: if True, a last result holds the state of every layer after every step, in the form of
+      hx behind a dimension of time: `[T, L*D, B, H]` each, `[T, L*D, H]` unbatched, whatever batch_first says, so that
+      what belongs to t can be the hx of step t+1. Zero past a row's end; of a PackedSequence it is packed, too.
 
-    Gradients exist in eval mode too, twice, and of any order. Nothing depends on the number of threads.
-    bfloat16 and float16 compute in float32 and round h after each step.
+    The constructor takes these keywords besides torch's; they change nothing where they are not given:
+
+    - `learn_initial_state=True`: parameters `h_0` [L*D, 1, H] (LSTM also `c_0`), zero at first, are the state of every
+      row where hx is None, and where an episode starts at a reset. hx, if given, enters as it would otherwise. With
+      resets, T > 1, `torch.compile` breaks the graph: their number decides sizes.
+    - `grad_clip=c`: in backward every element of the gradient of the gates before their activations is limited to
+      [-c, c] at every step, before it goes on to x_t, h_t-1 and the weights:
+      dL/dgx_t <- max(-c, min(c, dL/dgx_t)) for gx_t = W_ih x_t + b_ih, and so for gh_t = W_hh h_t-1 + b_hh. Past the
+      gates, as from c_t to c_t-1, nothing is limited. The same goes for what passes there in a second backward.
+      Source: Graves 2013, https://arxiv.org/abs/1308.0850, as `grad_clipping` of Lasagne has it.
+    - `grad_clip_norm=c`: in backward the gradient of each layer's outputs is limited in norm for every sequence of the
+      batch by itself: with g_b of all that arrives for sequence b, over all steps and the final state,
+      g_b <- g_b min(1, c / |g_b|). What the sequence adds to any gradient of the layer shrinks by this factor.
+    - `checkpoint_every=k`: of every k-th step the state is kept for backward, which runs the k steps from there again,
+      instead of the gates of every step. Outputs and, in float32 and float64, the gradients of x and hx are the same
+      to the last bit; those of weights differ by the order of their sums.
+
+    There may be no steps, T = 0: the output is empty then, and the initial state is the final one. Gradients exist in
+    eval mode too, twice, and of any order. Nothing depends on the number of threads, and nothing that belongs to a row
+    on the rest of the batch. bfloat16 and float16 compute in float32 and round h after each step.
 
     Raises:
-        ValueError: the rank or dtype of the input is wrong, as in torch.
-        RuntimeError: a size, device, length or reset does not fit, as in torch; there are no steps.
+        ValueError: the rank or dtype of the input is wrong, as in torch; a limit is not greater than zero.
+        RuntimeError: a size, device, length or reset does not fit, as in torch.
 """
 
 
@@ -67,13 +88,16 @@ class RNN(_Recurrent):  # noqa: D101, it has one
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Any, Tensor]:
+        return_sequence_states: bool = False,
+    ) -> Any:
         """Runs the layers; see the class."""
-        if lengths is None and resets is None:
-            result: tuple[Tensor, Tensor] | None = self._short(input, hx)
+        if lengths is None and resets is None and not return_sequence_states:
+            result = self._short(input, hx)
             if result is not None:
                 return result
-        output, h_n, _, _ = self._run(input, hx, lengths, resets)
+        output, h_n, _, states = self._run(input, hx, lengths, resets, return_sequence_states)
+        if return_sequence_states:
+            return output, h_n, states
         return output, h_n
 
 
@@ -83,10 +107,6 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
     i, f, o = sigmoid(W x + b + U h + b'), g = tanh(W_g x + b_g + U_g h + b_g'), c' = f c + i g, h' = o tanh(c')
     (with `proj_size`: h' = W_hr o tanh(c')). The constructor, parameters, initial values, inputs and outputs are those
     of `torch.nn.LSTM`. Returns the output and (h_n, c_n).
-
-    With `return_cell_states=True` a third result holds the cell state after every step of the last layer, in the form
-    of the output: `[T, B, D*H]`, `[B, T, D*H]` if batch_first, `[T, D*H]` unbatched, or a PackedSequence; zero past a
-    row's end.
 {_KEYWORDS}
     Source: Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000; the projection is that of
     Sak et al. 2014, https://arxiv.org/abs/1402.1128.
@@ -94,9 +114,9 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
     Example:
         >>> import torch, rnnkern
         >>> lstm = rnnkern.nn.LSTM(10, 20, bidirectional=True)
-        >>> output, (h_n, c_n), cells = lstm(torch.randn(5, 3, 10), return_cell_states=True)
-        >>> output.shape, c_n.shape, cells.shape
-        (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]), torch.Size([5, 3, 40]))
+        >>> output, (h_n, c_n), (h, c) = lstm(torch.randn(5, 3, 10), return_sequence_states=True)
+        >>> output.shape, c_n.shape, c.shape
+        (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]), torch.Size([5, 2, 3, 20]))
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -113,16 +133,16 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
-        return_cell_states: bool = False,
+        return_sequence_states: bool = False,
     ) -> Any:
         """Runs the layers; see the class."""
-        if lengths is None and resets is None and not return_cell_states:
+        if lengths is None and resets is None and not return_sequence_states:
             result = self._short(input, hx)
             if result is not None:
                 return result
-        output, h_n, c_n, cells = self._run(input, hx, lengths, resets, return_cell_states)
-        if return_cell_states:
-            return output, (h_n, c_n), cells
+        output, h_n, c_n, states = self._run(input, hx, lengths, resets, return_sequence_states)
+        if return_sequence_states:
+            return output, (h_n, c_n), states
         return output, (h_n, c_n)
 
 
@@ -170,11 +190,14 @@ class GRU(_Recurrent):  # noqa: D101, it has one
         *,
         lengths: Tensor | None = None,
         resets: Tensor | None = None,
-    ) -> tuple[Any, Tensor]:
+        return_sequence_states: bool = False,
+    ) -> Any:
         """Runs the layers; see the class."""
-        if lengths is None and resets is None:
-            result: tuple[Tensor, Tensor] | None = self._short(input, hx)
+        if lengths is None and resets is None and not return_sequence_states:
+            result = self._short(input, hx)
             if result is not None:
                 return result
-        output, h_n, _, _ = self._run(input, hx, lengths, resets)
+        output, h_n, _, states = self._run(input, hx, lengths, resets, return_sequence_states)
+        if return_sequence_states:
+            return output, h_n, states
         return output, h_n

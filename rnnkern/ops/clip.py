@@ -1,0 +1,68 @@
+"""The gradient of a layer's outputs, limited for each sequence of the batch by itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern.ops.recurrence import Outputs
+
+
+def clip_sequences(outputs: Outputs, lengths: Tensor | None, limit: float) -> Outputs:
+    r"""The same outputs, whose gradients are limited in norm, one sequence of the batch at a time.
+
+    .. math:: g_b = (\partial L / \partial y_{1..T,b},\; \partial L / \partial h_{n,b},\;
+        \partial L / \partial c_{n,b}), \qquad g_b \leftarrow g_b \min(1, \text{limit} / \lVert g_b \rVert_2)
+
+    The gradient of c_all belongs to g_b, too; what comes for padding does not. Backward through a layer is linear in
+    g_b, so all that the sequence adds to any gradient shrinks by this factor.
+
+    Args:
+        outputs: y, h_n, c_n, c_all of `rnnkern.ops.recurrence.recurrence`.
+        lengths: steps of each row, or None.  # int64 [B]
+        limit: the largest norm of g_b.
+    """
+    y, h_n, c_n, c_all = outputs
+    B = h_n.shape[1]
+    steps = y.shape[0] if y.dim() == 3 else int(lengths[0]) if lengths is not None and B > 0 else 0
+    rows = torch.arange(B).expand(steps, B)  # the sequence that a step belongs to; B for padding
+    if lengths is not None:
+        alive = torch.arange(steps)[:, None] < lengths
+        rows = rows[alive] if y.dim() == 2 else torch.where(alive, rows, B)
+    result: Outputs = _apply(y, h_n, c_n, c_all, rows.flatten().to(y.device), limit)
+    return result
+
+
+class _ClipSequences(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, h_n: Tensor, c_n: Tensor, c_all: Tensor, rows: Tensor, limit: float) -> Any:
+        return tuple(out.view_as(out) for out in (y, h_n, c_n, c_all))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(inputs[4])
+        ctx.B, ctx.limit = inputs[1].shape[1], inputs[5]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        (rows,) = ctx.saved_tensors
+        given = [(i, d) for i, d in enumerate(gradients) if d is not None and d.numel() > 0]
+        if not given:
+            return (*gradients, None, None)
+        states = torch.arange(ctx.B, device=rows.device)
+        owners = [states.expand(d.shape[:-1]) if i in (1, 2) else rows.view(d.shape[:-1]) for i, d in given]
+        squares = rows.new_zeros(ctx.B + 1, dtype=torch.promote_types(given[0][1].dtype, torch.float32))
+        for (_, d), owner in zip(given, owners):
+            squares = squares.index_add(0, owner.flatten(), d.to(squares.dtype).square().sum(-1).flatten())
+        long = squares > ctx.limit**2
+        factors = torch.where(long, ctx.limit * torch.where(long, squares, 1).rsqrt(), 1)
+        result = list(gradients)
+        for (i, d), owner in zip(given, owners):
+            result[i] = (d * factors[owner].unsqueeze(-1)).to(d.dtype)
+        return (*result, None, None)
+
+
+_apply: Any = _ClipSequences.apply
