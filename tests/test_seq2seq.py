@@ -307,8 +307,14 @@ def test_bad_tensors() -> None:
         model.encoder(None)
     with pytest.raises(IndexError):
         model(source + LETTERS, target)
-    with pytest.raises(RuntimeError, match="sequence length"):
-        model(source[:0], target)
+
+
+def test_source_without_tokens() -> None:
+    """The same as one whose rows are all empty."""
+    model = make_model(dtype=torch.float32)
+    source, target, _ = make_batch()
+    empty = torch.zeros(source.shape[1], dtype=torch.long)
+    torch.testing.assert_close(model(source[:0], target), model(source, target, empty))
 
 
 def test_bad_arguments_of_the_decoder() -> None:

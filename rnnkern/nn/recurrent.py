@@ -39,7 +39,8 @@ _KEYWORDS = """
       g_b <- g_b min(1, c / |g_b|). What the sequence adds to any gradient of the layer shrinks by this factor.
     - `checkpoint_every=k`: of every k-th step the state is kept for backward, which runs the k steps from there again,
       instead of the gates of every step. Outputs and, in float32 and float64, the gradients of x and hx are the same
-      to the last bit; those of weights differ by the order of their sums.
+      to the last bit; those of weights differ by the order of their sums. Everything is kept under `torch.compile`,
+      tracers and torch.func, and for a backward that is differentiated again.
 
     There may be no steps, T = 0: the output is empty then, and the initial state is the final one. Gradients exist in
     eval mode too, twice, and of any order. Nothing depends on the number of threads, and nothing that belongs to a row

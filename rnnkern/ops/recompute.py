@@ -1,14 +1,16 @@
 """A layer in segments of steps: only the state before each is kept for backward, which runs the segment again."""
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops._dispatch import transformed
 from rnnkern.ops.packs import PackCache, Weights
-from rnnkern.ops.recurrence import Outputs, recurrence
+from rnnkern.ops.recurrence import Outputs, grad_of, recurrence
 
 
 def segmented(
@@ -19,12 +21,11 @@ def segmented(
     c0: Tensor | None,
     weights: Weights,
     *,
-    lengths: Tensor | None = None,
-    resets: Tensor | None = None,
     projection: tuple[Tensor | None, ...] = (None, None),
     packs: PackCache | None = None,
     layer: int = 0,
-    **options: Any,
+    lengths: Tensor | None = None,
+    **options: Any,  # resets, return_states, grad_clip
 ) -> Outputs:
     r"""`recurrence`, which keeps the state before every k-th step for backward instead of every gate of every step.
 
@@ -35,87 +36,165 @@ def segmented(
     gradient of the state is rounded between segments. Gradients of weights are added segment by segment, in the
     compute dtype: they differ from `recurrence`'s by the rounding of their sums. Each direction runs by itself.
 
+    A backward that is to be differentiated again keeps everything; so do tracers, compilers and torch.func, whose own
+    means decide what is kept (`torch.utils.checkpoint`).
+
     Arguments and results are those of `recurrence`. Source: Chen et al. 2016, https://arxiv.org/abs/1604.06174.
     """
+    tensors = (x, h0, c0, *weights, *projection)
     T = x.shape[0] if x.dim() == 3 else int(lengths[0]) if lengths is not None and len(lengths) else 0
-    used = [x, h0, c0, *weights, *projection]
-    if every >= T or not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in used])):
+    if (
+        every >= T
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or transformed()
+        or not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]))
+    ):
         return recurrence(
-            cell,
-            x,
-            h0,
-            c0,
-            weights,
-            lengths=lengths,
-            resets=resets,
+            *(cell, x, h0, c0, weights),
             projection=projection,
             packs=packs,
             layer=layer,
+            lengths=lengths,
             **options,
         )
     if packs is not None:
-        packs.forget()
-    if resets is not None and lengths is not None:  # beyond a row's end there is nothing to separate
-        resets = resets & (torch.arange(T)[:, None] < lengths).to(resets.device)
-    storage, packed = x.dtype, x.dim() == 2
-    # Of 16-bit weights the sum over segments would be in 16 bits, too.
-    weights = tuple(None if w is None else w.to(compute_dtype(storage)) for w in weights)
+        packs.forget()  # as `recurrence` does where gradients are wanted
+    result: Outputs = _apply(_Plan(every, T, cell, lengths, options), *tensors)
+    return result
 
-    def run(
-        x: Tensor,
-        h: Tensor,
-        c: Tensor | None,
-        lengths: Tensor | None,
-        resets: Tensor | None,
-        back: Tensor | None,  # how the reverse direction reads the rows of x; None: forward
-        projection: Tensor | None,
-        *weights: Tensor | None,
-    ) -> Outputs:
+
+class _Segment(NamedTuple):
+    """A piece of one direction."""
+
+    rows: slice  # of x along its first dimension
+    lengths: Tensor | None  # steps that each row has here
+    resets: Tensor | None
+    back: Tensor | None  # how the reverse direction reads the rows; None: forward
+
+
+@dataclass(frozen=True)
+class _Plan:
+    every: int
+    T: int
+    cell: str
+    lengths: Tensor | None
+    options: dict[str, Any]
+
+    def segments(self, x: Tensor, B: int, d: int) -> Iterator[_Segment]:
+        """Those of direction d in the order in which it runs them."""
+        T, lengths, resets = self.T, self.lengths, self.options.get("resets")
+        if resets is not None and lengths is not None:  # beyond a row's end there is nothing to separate
+            resets = resets & (torch.arange(T)[:, None] < lengths).to(resets.device)
+        if resets is not None and d == 1:  # the reverse direction crosses the boundary ahead of a step
+            resets = torch.cat([resets[1:], resets.new_zeros(1, B)])
+        begins = range(0, T, self.every)
+        for begin in reversed(begins) if d else begins:
+            end = min(begin + self.every, T)
+            rest = None if lengths is None else (lengths - begin).clamp(0, end - begin)
+            rows = slice(begin, end)
+            if x.dim() == 2:  # packed
+                assert lengths is not None
+                rows = slice(*(int(lengths.clamp(max=t).sum()) for t in (begin, end)))
+            boundary = None if resets is None else resets[begin:end]
+            back = _backwards(end - begin, B, rest, x.dim() == 2).to(x.device) if d else None
+            if boundary is not None and back is not None:
+                boundary = _reordered(boundary.unsqueeze(-1), back).squeeze(-1)
+            yield _Segment(rows, rest, boundary, back)
+
+    def run(self, segment: _Segment, d: int, x: Tensor, h: Tensor, c: Tensor | None, tensors: Any) -> Outputs:
+        """A segment of direction d: y and c_all of its rows, and the state [1, B, H] after it."""
         y, h_n, c_n, c_all = recurrence(
-            cell,
-            x if back is None else _reordered(x, back),
+            self.cell,
+            x if segment.back is None else _reordered(x, segment.back),
             h,
             c,
-            (*(None if w is None else w.to(storage) for w in weights), None, None, None, None),
-            lengths=lengths,
-            resets=resets if resets is None or back is None else _reordered(resets.unsqueeze(-1), back).squeeze(-1),
-            projection=(projection, None),
-            **options,
+            (*tensors[4 * d : 4 * d + 4], None, None, None, None),
+            projection=(tensors[8 + d], None),
+            **{**self.options, "lengths": segment.lengths, "resets": segment.resets},
         )
-        if back is not None:
-            y, c_all = (_reordered(out, back) if out.dim() > 1 else out for out in (y, c_all))
+        if segment.back is not None:
+            y, c_all = (_reordered(out, segment.back) if out.dim() > 1 else out for out in (y, c_all))
         return y, h_n, c_n, c_all
 
-    begins = range(0, T, every)
-    steps = [min(every, T - begin) for begin in begins]
-    rests = [None if lengths is None else (lengths - begin).clamp(0, n) for begin, n in zip(begins, steps)]
-    pieces = torch.split(x, [int(rest.sum()) for rest in rests if rest is not None] if packed else steps)
-    directions: list[Outputs] = []
-    for d in range(h0.shape[0]):
-        boundary = resets
-        if resets is not None and d == 1:  # the reverse direction crosses the one ahead of a step
-            boundary = torch.cat([resets[1:], resets.new_zeros(1, resets.shape[1])])
-        boundaries = [None] * len(steps) if boundary is None else torch.split(boundary, steps)
-        h, c = h0[d : d + 1], None if c0 is None else c0[d : d + 1]
-        results: list[Outputs] = []
-        for i in reversed(range(len(steps))) if d else range(len(steps)):
-            back = _backwards(steps[i], h0.shape[1], rests[i], packed).to(x.device) if d else None
-            result: Outputs = checkpoint(
-                *(run, pieces[i], h, c, rests[i], boundaries[i], back, projection[d], *weights[4 * d : 4 * d + 4]),
-                use_reentrant=False,
-                preserve_rng_state=False,  # nothing is random
+
+class _Segmented(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, x: Tensor, h0: Tensor, c0: Tensor | None, *tensors: Tensor | None) -> Outputs:
+        D, B, width = h0.shape
+        y = x.new_empty(*x.shape[:-1], D * width)
+        c_all = y.new_empty(0)
+        if every_c := c0 is not None and plan.options.get("return_states", False):
+            c_all = c0.new_empty(*x.shape[:-1], D * c0.shape[2])
+        last_h, last_c, kept = [], [], []
+        for d in range(D):
+            h, c = h0[d : d + 1], None if c0 is None else c0[d : d + 1]
+            for segment in plan.segments(x, B, d):
+                kept += [h, c]
+                piece, h, c_n, cells = plan.run(segment, d, x[segment.rows], h, c, tensors)
+                c = None if c is None else c_n
+                y[segment.rows].chunk(D, -1)[d].copy_(piece)
+                if every_c:
+                    c_all[segment.rows].chunk(D, -1)[d].copy_(cells)
+            last_h.append(h)
+            last_c.append(c_n)
+        ctx.plan = plan
+        ctx.save_for_backward(x, h0, c0, *tensors, *kept)
+        ctx.set_materialize_grads(False)
+        c_n = torch.cat(last_c)
+        if c0 is None:
+            ctx.mark_non_differentiable(c_n)
+        if not every_c:
+            ctx.mark_non_differentiable(c_all)
+        return y, torch.cat(last_h), c_n, c_all
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        plan, needed = ctx.plan, ctx.needs_input_grad[1:]
+        x, h0, c0, *rest = ctx.saved_tensors
+        tensors, kept = rest[:10], rest[10:]
+        if torch.is_grad_enabled():  # to be differentiated again
+            aliases = [None if t is None else t.view_as(t) for t in (x, h0, c0, *tensors)]  # each path counts once
+            weights, projection = tuple(aliases[3:11]), tuple(aliases[11:])
+            outputs = recurrence(
+                *(plan.cell, *aliases[:3], weights), projection=projection, lengths=plan.lengths, **plan.options
             )
-            h, c = result[1], None if c is None else result[2]
-            results.append(result)
-        if d:
-            results.reverse()
-        y, c_all = (torch.cat([result[i] for result in results]) for i in (0, 3))
-        directions.append((y, h, results[0][2] if c is None else c, c_all))
-    if len(directions) == 1:
-        return directions[0]
-    forward, reverse = directions
-    y, h_n, c_n, c_all = (torch.cat([a, b], dim) for a, b, dim in zip(forward, reverse, (-1, 0, 0, -1)))
-    return y, h_n, c_n, c_all
+            wanted = [alias if need else None for alias, need in zip(aliases, needed)]
+            return (None, *grad_of(outputs, cotangents, wanted, create_graph=True))
+        dy, dh_n, dc_n, dc_all = cotangents
+        D, B, _ = h0.shape
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needed[0] else None
+        dh0, dc0 = torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0)
+        # Of 16-bit weights the sum over segments would be in 16 bits, too.
+        compute = compute_dtype(x.dtype)
+        sums = [torch.zeros_like(t, dtype=compute) if need else None for t, need in zip(tensors, needed[3:])]
+        for d in range(D):
+            dh, dc = (None if state is None else state[d : d + 1] for state in (dh_n, dc_n))
+            for i, segment in reversed(list(enumerate(plan.segments(x, B, d)))):
+                h, c = kept[2 * i + d * len(kept) // D : 2 * i + d * len(kept) // D + 2]
+                leaves = [None if t is None else t.detach() for t in (x[segment.rows], h, c, *tensors)]
+                wanted = [
+                    leaf.requires_grad_() if leaf is not None and (need or at in (1, 2)) else None
+                    for at, (leaf, need) in enumerate(zip(leaves, needed))
+                ]
+                with torch.enable_grad():
+                    outputs = plan.run(segment, d, *leaves[:3], leaves[3:])
+                dy_rows, dc_rows = (None if g is None else g[segment.rows].chunk(D, -1)[d] for g in (dy, dc_all))
+                found = grad_of(outputs, (dy_rows, dh, dc, dc_rows), wanted, create_graph=False)
+                if dx is not None and found[0] is not None:
+                    dx[segment.rows] += found[0]
+                dh, dc = found[1:3]
+                for total, part in zip(sums, found[3:]):
+                    if total is not None and part is not None:
+                        total += part
+            if dh is not None:
+                dh0[d] = dh[0]
+            if dc is not None and dc0 is not None:
+                dc0[d] = dc[0]
+        return (None, dx, dh0, dc0, *(None if s is None else s.to(x.dtype) for s in sums))
+
+
+_apply: Any = _Segmented.apply
 
 
 def _backwards(T: int, B: int, lengths: Tensor | None, packed: bool) -> Tensor:
@@ -133,4 +212,4 @@ def _backwards(T: int, B: int, lengths: Tensor | None, packed: bool) -> Tensor:
 
 def _reordered(sequence: Tensor, index: Tensor) -> Tensor:
     """The rows of [T, B, N] or [rows, N] in another order."""
-    return sequence.reshape(-1, sequence.shape[-1])[index].view_as(sequence)
+    return sequence.reshape(-1, sequence.shape[-1])[index].view(sequence.shape)

@@ -141,12 +141,12 @@ def _double_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Tensor | None, .
             return_states=cotangents[3] is not None,
             grad_clip=ctx.grad_clip,
         )
-        first = _grad(outputs, cotangents, inputs, create_graph=True)
-        second = _grad(first, dgrads, aliases, create_graph=higher)
+        first = grad_of(outputs, cotangents, inputs, create_graph=True)
+        second = grad_of(first, dgrads, aliases, create_graph=higher)
     return (None, *second, None, None, None, None, None, None, None, None)
 
 
-def _grad(
+def grad_of(
     outputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
