@@ -301,10 +301,11 @@ class _Recurrent(Options):
             y, h_n, c_n, states = self._layers(x, h, c, first, lengths, resets, return_states)
         else:
             y, h_n, c_n, states = self._episodes(self._layers, x, h, c, first, lengths, resets, return_states)
+        # In this order: a compiled program that compared T would be for short sequences alone, or for long ones. Without
+        # hx a short call starts from zeros.
         if (
-            T < SHORT
-            and not (self.bidirectional or self.proj_size or torch.compiler.is_compiling())
-            and not self.learn_initial_state  # without hx a short call starts from zeros
+            not (self.bidirectional or self.proj_size or self.learn_initial_state or torch.compiler.is_compiling())
+            and T < SHORT
         ):
             self._prepare_short()
         if not batched:

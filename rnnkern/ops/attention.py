@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rnnkern import _library
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops import _dispatch
+from rnnkern.ops import _dispatch, onnx
 
 Score = Literal["dot", "additive"]
 
@@ -210,6 +210,8 @@ def attend(
     forced = _dispatch.forced()
     transformed = not compiling and _dispatch.transformed()
     why = "forced" if forced == "eager" else refusal(query.device.type, query.dtype, transformed)
+    if onnx.exporting():
+        why = "ONNX has no such operator"
     if why and forced == "cpu":
         raise _dispatch.BackendUnavailable(f"backend 'cpu' cannot run {score} attention: {why}")
     if why:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rnnkern import _library
 from rnnkern.cells import CELLS, reference
+from rnnkern.ops import onnx
 from rnnkern.ops._dispatch import select
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.recurrence import Outputs, _fake_inference, _fake_pack, check_weights
@@ -104,6 +105,18 @@ def recurrence_int8(
         raise RuntimeError(
             "layers with int8 weights have no gradient, but one is wanted of their input, state or biases. "
             "Call them under torch.no_grad() or torch.inference_mode(), or train the float module"
+        )
+    if onnx.exporting():  # ONNX has no such operator: weights are multiplied out
+        check_weights(x, weights, cell, h0, h0, matrices=torch.int8)
+        return onnx.layer(
+            cell,
+            x,
+            h0,
+            c0,
+            dequantized(weights),
+            lengths=lengths,
+            resets=resets,
+            return_states=return_states,
         )
     if select(cell, x, h0, False) == "eager":
         check_weights(x, weights, cell, h0, h0, matrices=torch.int8)

@@ -35,13 +35,18 @@ class PackCache:
     _memory: dict[int, list[torch.UntypedStorage]]
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Drops every pack, without reading: `torch.compile` would guard on what it reads."""
         self._entries = {}
         self._memory = {}
         self._drop_short()
+
+    def forget(self) -> None:
+        """Drops every pack, without reading: `torch.compile` would guard on what it reads.
+
+        Not while `torch.export` traces: the program that it makes is not to change this module.
+        """
+        if not torch.compiler.is_exporting():
+            self._entries = {}
+            self._drop_short()
 
     def _drop_short(self) -> None:
         self.short = None

@@ -18,6 +18,7 @@ from torch import Tensor
 from rnnkern import _library
 from rnnkern.cells import CELLS, find_cell, reference
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops import onnx
 from rnnkern.ops._dispatch import select
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.short import FEW_ROWS, SHORT, watched
@@ -317,6 +318,19 @@ def recurrence(
         RuntimeError: a weight does not fit x in device, dtype or shape.
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
+    if onnx.exporting():
+        check_weights(x, weights, cell, h0 if c0 is None else c0, h0)
+        return onnx.layer(
+            cell,
+            x,
+            h0,
+            c0,
+            weights,
+            projection=projection,
+            lengths=lengths,
+            resets=resets,
+            return_states=return_states,
+        )
     if select(cell, x, h0, projection[0] is not None) == "eager":
         if packs is not None:
             packs.forget()  # this call may be one with gradients
@@ -333,9 +347,9 @@ def recurrence(
             return_states=return_states,
             grad_clip=grad_clip,
         )
-    tracing = (
-        torch._C._get_tracing_state() is not None
-    )  # torch.jit.trace: the graph must serve with and without gradients
+    tracing = torch._C._get_tracing_state() is not None
+    if tracing:  # torch.jit.trace: the graph must serve with and without gradients
+        onnx.refuse_torchscript()
     if tracing or (
         torch.is_grad_enabled()
         and (
@@ -352,9 +366,10 @@ def recurrence(
         y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states, grad_clip)
         return y, h_n, c_n, c_all
     packed = key = None
-    keep = x.shape[0] < SHORT or x.shape[0] * (x.shape[1] if x.dim() == 3 else 1) < FEW_ROWS
-    if packs is not None and keep and not torch.compiler.is_compiling():
-        key, packed = packs.find(layer, weights)
+    # A compiled program looks at no size here, so that it serves all of them.
+    if packs is not None and not torch.compiler.is_compiling():
+        if x.shape[0] < SHORT or x.shape[0] * (x.shape[1] if x.dim() == 3 else 1) < FEW_ROWS:
+            key, packed = packs.find(layer, weights)
     if packed is None:  # a pack was checked when it was made
         check_weights(x, weights, cell, h0, h0)
         if packs is not None and key is not None:
