@@ -207,10 +207,12 @@ def attend_checked(
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype that torch's own products would read the tensor in: autocast's where it is on, but float64 stays."""
-    dtype, device = tensor.dtype, tensor.device.type
+    dtype = tensor.dtype
+    if not torch._C._is_any_autocast_enabled():
+        return dtype
+    device = tensor.device.type
     if (
-        torch._C._is_any_autocast_enabled()
-        and dtype.is_floating_point
+        dtype.is_floating_point
         and dtype != torch.float64
         and torch.amp.is_autocast_available(device)
         and torch.is_autocast_enabled(device)

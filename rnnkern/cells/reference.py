@@ -97,6 +97,21 @@ def layer(
             return_states=return_states,
         )
         return y[:0], h_n, c_n, c_all[:0]
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # what to round is said here
+        with torch.autocast(device, enabled=False):
+            return layer(
+                spec,
+                x,
+                h0,
+                c0,
+                weights,
+                projection=projection,
+                lengths=lengths,
+                resets=resets,
+                return_states=return_states,
+                grad_clip=grad_clip,
+            )
     steps = torch.arange(x.shape[0], device=x.device)[:, None]  # [T, 1]
     alive = None if lengths is None else steps < lengths.to(x.device)  # [T, B]
     # boundary[t, b]: no state passes between steps t-1 and t. Beyond a row's end there is nothing to separate.

@@ -10,6 +10,8 @@ from typing_extensions import Self
 
 from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.functional import autocast_dtype
+from rnnkern.nn._autocast import cast_weights, result_dtype
 from rnnkern.nn._options import OPTIONS, Options
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
@@ -185,8 +187,14 @@ class _Recurrent(Options):
         return tuple(weights), tuple(projection)
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
-        """The dtype of input and states for a layer of this weight."""
-        return weight.dtype
+        """The dtype in which a layer of this weight computes: autocast's where it is on."""
+        return autocast_dtype(weight)
+
+    def _casts(self, weights: Weights, dtype: torch.dtype) -> bool:
+        """Whether these weights are to be cast: autocast is on."""
+        weight = weights[0]
+        assert weight is not None
+        return weight.dtype != dtype
 
     def _first_state(self, x: Tensor, B: int) -> tuple[Tensor, Tensor | None]:
         """h [L*D, B, H or P] and c [L*D, B, H]: zeros, or what was learned."""
@@ -295,12 +303,16 @@ class _Recurrent(Options):
             lengths = check_lengths(lengths, T, B)
         if resets is not None:
             resets = self._time_major_resets(resets, T, B, batched, weight.device)
-        if x.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
+        result = dtype
+        if x.dtype != dtype or h.dtype != dtype or (c is not None and c.dtype != dtype):  # only autocast lets this pass
+            result = result_dtype(self.mode, h if c is None else c, dtype, fused=not self.proj_size)
             x, h = x.to(dtype), h.to(dtype)
         if resets is None or T == 0 or not self.learn_initial_state:
             y, h_n, c_n, states = self._layers(x, h, c, first, lengths, resets, return_states)
         else:
             y, h_n, c_n, states = self._episodes(self._layers, x, h, c, first, lengths, resets, return_states)
+        if result != dtype:
+            y, h_n, c_n, states = self._widened(result, y, h_n, c_n, states)
         # In this order: a compiled program that compared T would be for short sequences alone, or for long ones. Without
         # hx a short call starts from zeros.
         if (
@@ -319,6 +331,17 @@ class _Recurrent(Options):
     def _in_form(self, states: tuple[Any, ...] | None) -> Any:
         """h alone, or the pair (h, c), as hx has it."""
         return states if states is None or self._two_states else states[0]
+
+    def _widened(
+        self, dtype: torch.dtype, y: Tensor, h_n: Tensor, c_n: Tensor | None, states: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+        """Results in a wider dtype than autocast's; what a projection gave is a product, and stays."""
+        if not self.proj_size:
+            y, h_n = y.to(dtype), h_n.to(dtype)
+        if states is not None:
+            h, *c = states
+            states = h if self.proj_size else h.to(dtype), *(s.to(dtype) for s in c)
+        return y, h_n, None if c_n is None else c_n.to(dtype), states
 
     def _time_major_resets(self, resets: Tensor, T: int, B: int, batched: bool, device: torch.device) -> Tensor:
         """Returns resets as [T, B]; raises RuntimeError unless they are bool, in the input's layout, on its device."""
@@ -355,10 +378,13 @@ class _Recurrent(Options):
         if c is not None and c.dtype != compute:
             c = c.to(compute)
         packs: PackCache | None = self._packs
-        if self.training:
+        casts = self._casts(first[0], dtype)
+        if self.training or casts:  # what is cast anew for each call is not worth packing
             self._packs.forget()
             packs = None
         run = self._recurrence_of_options(self._recurrence)
+        if casts:
+            first = cast_weights(first[0], dtype), cast_weights(first[1], dtype)
         if L == 1:
             y, h_n, c_n, c_all = run(
                 cell,
@@ -379,6 +405,8 @@ class _Recurrent(Options):
         h_layers, c_layers, outputs, cells = [], [], [], []
         for layer in range(L):
             weights, projection = self._layer_weights(layer) if layer else first
+            if casts and layer:
+                weights, projection = cast_weights(weights, dtype), cast_weights(projection, dtype)
             rows = slice(layer * D, layer * D + D)
             y, h_layer, c_layer, c_all = run(
                 cell,
@@ -443,10 +471,14 @@ class _Recurrent(Options):
         assert first[0][0] is not None
         dtype = self._dtype(first[0][0])
         self._check(data, B, hx, h, c, dtype, batch_sizes)
-        if data.dtype != dtype or h.dtype != dtype:  # only autocast lets this pass
+        result = dtype
+        if data.dtype != dtype or h.dtype != dtype or (c is not None and c.dtype != dtype):  # by autocast
+            result = result_dtype(self.mode, h if c is None else c, dtype, fused=False)
             data, h = data.to(dtype), h.to(dtype)
         row_lengths = (batch_sizes[:, None] > torch.arange(B, device=batch_sizes.device)).sum(0)
         y, h_n, c_n, states = self._layers(data, h, c, first, row_lengths, None, return_states)
+        if result != dtype:
+            y, h_n, c_n, states = self._widened(result, y, h_n, c_n, states)
         if back is not None:
             h_n = h_n.index_select(1, back)
             c_n = None if c_n is None else c_n.index_select(1, back)

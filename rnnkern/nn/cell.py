@@ -11,6 +11,8 @@ from typing_extensions import Self
 from rnnkern.cells import find_cell
 from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.functional import autocast_dtype
+from rnnkern.nn._autocast import cast_weights, result_dtype
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.recurrence import step
@@ -125,7 +127,7 @@ class _Cell(torch.nn.RNNCellBase):
         weights = self._weights()
         weight = weights[0]
         assert weight is not None
-        dtype = weight.dtype
+        dtype = autocast_dtype(weight)
         B, I = x.shape
         if self.input_size != I:
             raise RuntimeError(f"input has inconsistent input_size: got {I} expected {self.input_size}")
@@ -138,19 +140,24 @@ class _Cell(torch.nn.RNNCellBase):
                 self._check_hidden(x, h, 0)
             if c is not None and (c.shape != shape or c.dtype != dtype or c.device != device):
                 self._check_hidden(x, c, 1)
-        if x.dtype != dtype or h.dtype != dtype:
+        result = dtype
+        if x.dtype != dtype or h.dtype != dtype or (c is not None and c.dtype != dtype):
             if not torch._C._is_any_autocast_enabled():
                 raise RuntimeError(f"input must have the dtype of the weights. Expected {dtype}, got {x.dtype}")
+            result = result_dtype(cell.upper(), h if c is None else c, dtype, fused=False)
             x, h = x.to(dtype), h.to(dtype)
         packs: PackCache | None = self._packs
-        if self.training:
+        casts = weight.dtype != dtype
+        if self.training or casts:  # what is cast anew for each call is not worth packing
             self._packs.forget()
             packs = None
+        if casts:
+            weights = cast_weights(weights, dtype)
         compute = compute_dtype(dtype)
         h, c = step(cell, x, h, None if c is None else c.to(compute), weights, packs)
         if packs is not None and not torch.compiler.is_compiling():
             packs.prepare(cell, self._parameters, [_NAMES[: 4 if self.bias else 2]])
-        return h, None if c is None else c.to(dtype)
+        return h if result == dtype else h.to(result), None if c is None else c.to(result)
 
     def _check_hidden(self, x: Tensor, hidden: Tensor, index: int) -> None:
         """Raises RuntimeError, in torch's words where it has some, unless the state fits x."""

@@ -141,6 +141,9 @@ class _Quantized(_Recurrent):
     def _dtype(self, weight: Tensor) -> torch.dtype:
         return torch.float32
 
+    def _casts(self, weights: Weights, dtype: torch.dtype) -> bool:
+        return False
+
     def _layer_weights(self, layer: int) -> tuple[Weights, tuple[Tensor | None, ...]]:
         """Weights and scales of a layer, in the order of `rnnkern.ops.int8`."""
         D = 2 if self.bidirectional else 1

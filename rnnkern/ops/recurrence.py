@@ -366,10 +366,12 @@ def recurrence(
         y, h_n, c_n, c_all, _ = call(cell, x, h0, c0, *weights, lengths, resets, return_states, grad_clip)
         return y, h_n, c_n, c_all
     packed = key = None
-    # A compiled program looks at no size here, so that it serves all of them.
-    if packs is not None and not torch.compiler.is_compiling():
-        if x.shape[0] < SHORT or x.shape[0] * (x.shape[1] if x.dim() == 3 else 1) < FEW_ROWS:
-            key, packed = packs.find(layer, weights)
+    if (
+        packs is not None
+        and not torch.compiler.is_compiling()  # before any size is looked at: the program is to serve all of them
+        and (x.shape[0] < SHORT or x.shape[0] * (x.shape[1] if x.dim() == 3 else 1) < FEW_ROWS)
+    ):
+        key, packed = packs.find(layer, weights)
     if packed is None:  # a pack was checked when it was made
         check_weights(x, weights, cell, h0, h0)
         if packs is not None and key is not None:

@@ -24,6 +24,7 @@ _WATCHERS = (
     torch._C._len_torch_function_stack,
     torch._C._are_functorch_transforms_active,
     torch._C._get_tracing_state,
+    torch._C._is_any_autocast_enabled,
     watched,
 )
 

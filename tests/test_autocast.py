@@ -1,0 +1,197 @@
+"""torch.autocast: the dtypes that torch.nn gives, products in autocast's, finite gradients, GradScaler."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import rnnkern
+from rnnkern.nn._autocast import result_dtype
+from tests.helpers import BACKENDS
+
+T, B, I, H = 20, 3, 4, 5
+LOW = [torch.bfloat16, torch.float16]
+LAYERS = ["RNN", "LSTM", "GRU"]
+CELLS = ["RNNCell", "LSTMCell", "GRUCell"]
+
+
+def pair(kind: str, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """Ours, and torch's with the same weights."""
+    ours, peer = getattr(rnnkern.nn, kind)(I, H, **options), getattr(nn, kind)(I, H, **options)
+    peer.load_state_dict(ours.state_dict())
+    return ours, peer
+
+
+def tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    return [tensor for item in result for tensor in tensors(item)]
+
+
+def state_of(kind: str, dtype: torch.dtype, size: int = H) -> Any:
+    """A state of a layer [1, B, H], or of a cell [B, H]."""
+    first = (1,) if kind in LAYERS else ()
+    h = torch.rand(*first, B, size).to(dtype)
+    return (h, torch.rand(*first, B, H).to(dtype)) if kind.startswith("LSTM") else h
+
+
+@pytest.mark.parametrize("given", [torch.float32, "low"])
+@pytest.mark.parametrize("state", [None, torch.float32, "low"])
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_dtypes_are_those_of_torch(kind: str, low: torch.dtype, state: Any, given: Any) -> None:
+    if kind == "LSTM" and (low, given, state) != (torch.bfloat16, torch.float32, state):
+        pytest.skip("torch's LSTM depends on the CPU here, or has no kernel")
+    ours, peer = pair(kind)
+    x = torch.rand(B, I) if kind in CELLS else torch.rand(T, B, I)
+    x = x.to(low if given == "low" else given)
+    args = (x,) if state is None else (x, state_of(kind, low if state == "low" else state))
+    with torch.autocast("cpu", low):
+        actual, expected = tensors(ours(*args)), tensors(peer(*args))
+    assert [t.dtype for t in actual] == [t.dtype for t in expected]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.float(), e.float(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_packed_sequences(kind: str, low: torch.dtype) -> None:
+    ours, peer = pair(kind, num_layers=2, bidirectional=True)
+    packed = pack_sequence([torch.rand(t, I) for t in (5, 20, 1)], enforce_sorted=False)
+    with torch.autocast("cpu", low):
+        actual, expected = tensors(ours(packed)), tensors(peer(packed))
+    assert [t.dtype for t in actual] == [t.dtype for t in expected]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.float(), e.float(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_a_projection() -> None:
+    ours, peer = pair("LSTM", proj_size=3)
+    hx = state_of("LSTM", torch.float32, 3)
+    for x in (torch.rand(T, B, I), pack_sequence([torch.rand(t, I) for t in (8, 5, 1)])):
+        with torch.autocast("cpu", torch.bfloat16):
+            actual, expected = tensors(ours(x, hx)), tensors(peer(x, hx))
+        assert [t.dtype for t in actual] == [t.dtype for t in expected]
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.float(), e.float(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_float64_and_other_devices_are_left_alone(kind: str) -> None:
+    ours, _ = pair(kind)
+    x = torch.rand(T, I) if kind in CELLS else torch.rand(T, B, I)
+    expected = tensors(ours(x))
+    with torch.autocast("cuda", torch.bfloat16):
+        torch.testing.assert_close(tensors(ours(x)), expected, rtol=0, atol=0)
+    ours, x = ours.double(), x.double()
+    expected = tensors(ours(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(tensors(ours(x)), expected, rtol=0, atol=0)
+
+
+def test_off_the_cpu_results_are_in_autocasts_dtype() -> None:
+    """As torch casts all that enters its kernels there; there is no such device here."""
+    state = torch.empty(B, H, device="meta")
+    for mode in ("RNN_TANH", "LSTM", "GRU"):
+        assert result_dtype(mode, state, torch.float16, fused=False) == torch.float16
+
+
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_it_computes_in_autocasts_dtype(kind: str, backend: str, low: torch.dtype) -> None:
+    """To the last bit what a module of that dtype gives."""
+    module = getattr(rnnkern.nn, kind)(I, H, num_layers=2)
+    x = torch.rand(T, B, I)
+    with rnnkern.backend(backend):
+        with torch.autocast("cpu", low):
+            output, _ = module(x)
+        expected, _ = module.to(low)(x.to(low))
+    torch.testing.assert_close(output.to(low), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_short_calls(kind: str, low: torch.dtype) -> None:
+    """Those that go past the dispatcher, too, whether weights were packed before or change meanwhile."""
+    module = getattr(rnnkern.nn, kind)(I, H).eval()
+    x = torch.rand(1, I) if kind in CELLS else torch.rand(1, 1, I)
+    with torch.no_grad():
+        for _ in range(3):
+            plain = tensors(module(x))
+            with torch.autocast("cpu", low):
+                actual = tensors(module(x))
+            low_module = getattr(rnnkern.nn, kind)(I, H, dtype=low)
+            low_module.load_state_dict(module.state_dict())
+            expected = tensors(low_module(x.to(low)))
+            torch.testing.assert_close([t.to(low) for t in actual], expected, rtol=0, atol=0)
+            torch.testing.assert_close(tensors(module(x)), plain, rtol=0, atol=0)
+            for parameter in module.parameters():
+                parameter.mul_(0.5)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_steps(kind: str) -> None:
+    module = getattr(rnnkern.nn, kind)(I, H).eval()
+    x = torch.rand(T, B, I)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected, state = module(x)[0], None
+        for t in range(T):
+            y, state = module.step(x[t], state)
+            torch.testing.assert_close(y.float(), expected[t].float(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("low", LOW)
+@pytest.mark.parametrize("kind", LAYERS + CELLS)
+def test_gradients(kind: str, low: torch.dtype) -> None:
+    module, _ = pair(kind)
+    x = torch.rand(B, I) if kind in CELLS else torch.rand(T, B, I)
+    state, results = state_of(kind, torch.float32), []
+    for enabled in (False, True):
+        given = x.clone().requires_grad_()
+        module.zero_grad()
+        with torch.autocast("cpu", low, enabled=enabled):
+            out = module(given, state)
+        sum(t.float().pow(2).sum() for t in tensors(out)).backward()
+        results.append([given.grad, *(p.grad for p in module.parameters())])
+    for exact, found in zip(*results, strict=True):
+        assert found.dtype == torch.float32
+        assert found.isfinite().all()
+        assert (found - exact).abs().max() < 0.05 * max(1, exact.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell"])
+def test_training_with_a_gradient_scaler(kind: str) -> None:
+    module = getattr(rnnkern.nn, kind)(I, H)
+    optimizer, scaler = torch.optim.SGD(module.parameters(), lr=0.1), torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    x = torch.rand(B, I) if kind in CELLS else torch.rand(T, B, I)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            output = tensors(module(x))[0]
+            loss = (output.float() - 0.2).pow(2).mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert 0 < scaler.get_scale() <= 2.0**20
+    assert losses[-1] < losses[0]
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRUCell"])
+def test_compiled(kind: str) -> None:
+    module, _ = pair(kind)
+    x = torch.rand(B, I) if kind in CELLS else torch.rand(T, B, I)
+    run = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for low in LOW:
+        with torch.autocast("cpu", low):
+            torch.testing.assert_close(tensors(run(x)), tensors(module(x)), rtol=0, atol=0)
+    torch.testing.assert_close(tensors(run(x)), tensors(module(x)), rtol=0, atol=0)
