@@ -12,6 +12,7 @@ from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
+from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._options import OPTIONS, Options
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
@@ -22,7 +23,7 @@ _TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its n
 _NO_PROJECTION = (None, None)
 
 
-class _Recurrent(Options):
+class _Recurrent(Options, Leaf):
     """What RNN, LSTM and GRU share: everything but the constructor's arguments and the form of hx."""
 
     _packs: PackCache

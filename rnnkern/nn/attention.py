@@ -5,13 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from rnnkern.functional import attend_checked, check_matrix, check_tensor, zero_padding
+from rnnkern.nn._graphs import Leaf
 
 Output = tuple[Tensor, Tensor | None]
 
 
-class _Attention(nn.Module):
+class _Attention(Leaf):
     """What the modules share: forward's arguments, and keys that are projected once per source."""
 
     _multiplies_keys = False  # whether project_keys has a weight
@@ -69,6 +71,16 @@ class _Attention(nn.Module):
             ValueError: both lengths and key_padding_mask are given.
             RuntimeError: rank, size, dtype or device of a tensor does not fit; a length is not within 0..Tk.
         """
+        if isinstance(query, Proxy):
+            return self._traced(
+                query,
+                key,
+                value,
+                lengths=lengths,
+                key_padding_mask=key_padding_mask,
+                need_weights=need_weights,
+                projected_key=projected_key,
+            )
         check_tensor("query", query)
         check_tensor("key", key)
         if projected_key is None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
+from torch.fx import Proxy
 from typing_extensions import Self
 
 from rnnkern.cells import find_cell
@@ -13,6 +14,7 @@ from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
+from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.recurrence import step
@@ -29,7 +31,7 @@ def _rank(name: str, tensor: Tensor) -> int:
         raise AttributeError(f"{name} must be a tensor, got {type(tensor).__name__}") from None
 
 
-class _Cell(torch.nn.RNNCellBase):
+class _Cell(torch.nn.RNNCellBase, Leaf):
     """What the three cells share."""
 
     _packs: PackCache
@@ -186,6 +188,8 @@ class _OneStateCell(_Cell):
         result: Tensor | None = self._short(input, hx)
         if result is not None:
             return result
+        if isinstance(input, Proxy):
+            return self._traced(input, hx)
         rank = _rank("input", input)
         if rank != 1 and rank != 2:
             self._refuse_rank(input)
@@ -269,6 +273,8 @@ class LSTMCell(_Cell):
         result: tuple[Tensor, Tensor] | None = self._short(input, hx)
         if result is not None:
             return result
+        if isinstance(input, Proxy):
+            return self._traced(input, hx)
         rank = _rank("input", input)
         if rank != 1 and rank != 2:
             self._refuse_rank(input)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
@@ -96,6 +97,10 @@ class RNN(_Recurrent):  # noqa: D101, it has one
             result = self._short(input, hx)
             if result is not None:
                 return result
+        if isinstance(input, Proxy):
+            return self._traced(
+                input, hx, lengths=lengths, resets=resets, return_sequence_states=return_sequence_states
+            )
         output, h_n, _, states = self._run(input, hx, lengths, resets, return_sequence_states)
         if return_sequence_states:
             return output, h_n, states
@@ -141,6 +146,10 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
             result = self._short(input, hx)
             if result is not None:
                 return result
+        if isinstance(input, Proxy):
+            return self._traced(
+                input, hx, lengths=lengths, resets=resets, return_sequence_states=return_sequence_states
+            )
         output, h_n, c_n, states = self._run(input, hx, lengths, resets, return_sequence_states)
         if return_sequence_states:
             return output, (h_n, c_n), states
@@ -198,6 +207,10 @@ class GRU(_Recurrent):  # noqa: D101, it has one
             result = self._short(input, hx)
             if result is not None:
                 return result
+        if isinstance(input, Proxy):
+            return self._traced(
+                input, hx, lengths=lengths, resets=resets, return_sequence_states=return_sequence_states
+            )
         output, h_n, _, states = self._run(input, hx, lengths, resets, return_sequence_states)
         if return_sequence_states:
             return output, h_n, states
