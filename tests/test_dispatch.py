@@ -111,8 +111,22 @@ def test_explain_leaves_the_random_state() -> None:
     assert torch.equal(after, torch.rand(1))
 
 
+@needs_kernels
+def test_explain_tells_of_attention() -> None:
+    model = rnnkern.nn.AdditiveAttention(4, 5, 3)
+    query, key = torch.randn(2, 6, 4), torch.randn(2, 7, 5)
+    told = rnnkern.explain(model, query, key)
+    assert str(told.layers[0]) == "additive attention B=2 Tq=6 Tk=7 D=3 Dv=5 float32 cpu: cpu"
+    with rnnkern.backend("eager"):
+        told = rnnkern.explain(model, query, key)
+    assert told.layers[0].backend == "eager"
+    assert told.layers[0].why == "forced by rnnkern.backend"
+    told = rnnkern.explain(rnnkern.nn.DotAttention().to("meta"), query.to("meta"), query.to("meta"))
+    assert "the tensors are on meta, not on the cpu: eager reference" in str(told)
+
+
 def test_explain_a_model_without_recurrence() -> None:
-    assert "no recurrent layer ran" in str(rnnkern.explain(torch.nn.Linear(2, 2), torch.ones(1, 2)))
+    assert "no recurrent layer or attention ran" in str(rnnkern.explain(torch.nn.Linear(2, 2), torch.ones(1, 2)))
 
 
 def test_missing_kernels_are_said_once() -> None:

@@ -155,6 +155,13 @@ def forced() -> str | None:
     return getattr(_thread, "forced", None) if _overrides else None
 
 
+def note(kind: Callable[..., Any], *facts: Any) -> None:
+    """Tells `explain`, if it is at work in this thread, what runs."""
+    notes = getattr(_thread, "notes", None) if _overrides else None
+    if notes is not None:
+        notes.append(kind(*facts))
+
+
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -186,9 +193,7 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> st
             forced=getattr(_thread, "forced", None) if _overrides else None,
             missing=_library.reason,
         )
-        notes = getattr(_thread, "notes", None) if _overrides else None
-        if notes is not None:
-            notes.append(LayerNote(cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why))
+        note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why)
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()
     return choice.backend
@@ -216,26 +221,47 @@ class LayerNote:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """What `explain` saw: one note per layer in the order of running, and the facts of the CPU kernels."""
+class AttentionNote:
+    """What ran one attention, and why."""
 
-    layers: tuple[LayerNote, ...]
+    score: str
+    device: str
+    dtype: str
+    B: int
+    Tq: int
+    Tk: int
+    D: int  # size of a projected query
+    Dv: int
+    backend: str
+    why: str
+
+    def __str__(self) -> str:
+        shape = f"B={self.B} Tq={self.Tq} Tk={self.Tk} D={self.D} Dv={self.Dv}"
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.score} attention {shape} {self.dtype.removeprefix('torch.')} {self.device}: {self.backend}{why}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` saw: one note per recurrent layer or attention as they ran, and the facts of the CPU kernels."""
+
+    layers: tuple[LayerNote | AttentionNote, ...]
     isa: str  # instruction set of the CPU kernels, "" if they are not loaded
     threads: int
     missing: str = field(default="")  # why the CPU kernels are not loaded
 
     def __str__(self) -> str:
         kernels = f"isa {self.isa}" if self.isa else f"not loaded, {self.missing}"
-        lines = [f"{i}: {note}" for i, note in enumerate(self.layers)] or ["no recurrent layer ran"]
+        lines = [f"{i}: {note}" for i, note in enumerate(self.layers)] or ["no recurrent layer or attention ran"]
         return "\n".join([*lines, f"cpu kernels: {kernels}; threads: {self.threads}"])
 
 
 def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Runs `module(*args, **kwargs)` once and tells which backend ran each recurrent layer, and why.
+    """Runs `module(*args, **kwargs)` once and tells which backend ran each recurrent layer and attention, and why.
 
-    The module may be any model that holds recurrent layers of rnnkern. It really runs, in its own mode and with
-    gradients as they are enabled, since both decide what runs: whatever a call changes in it, such as the running
-    statistics of a BatchNorm in training mode, changes here too. Only torch's random state is left as it was.
+    The module may be any model that holds recurrent layers or attention of rnnkern. It really runs, in its own mode
+    and with gradients as they are enabled, since both decide what runs: whatever a call changes in it, such as the
+    running statistics of a BatchNorm in training mode, changes here too. Only torch's random state is left as it was.
 
     Example:
         >>> import torch, rnnkern

@@ -214,6 +214,19 @@ def attend(
         why = "ONNX has no such operator"
     if why and forced == "cpu":
         raise _dispatch.BackendUnavailable(f"backend 'cpu' cannot run {score} attention: {why}")
+    if _dispatch._overrides:  # `explain` may want to know
+        _dispatch.note(
+            _dispatch.AttentionNote,
+            score,
+            str(query.device),
+            str(query.dtype),
+            *query.shape[:2],
+            key.shape[1],
+            query.shape[2],
+            value.shape[2],
+            "eager" if why else "cpu",
+            "forced by rnnkern.backend" if forced else f"{why}: eager reference" if why else "",
+        )
     if why:
         if forced is None and query.device.type == "cpu" and _library.reason:
             _library.warn_if_missing()
