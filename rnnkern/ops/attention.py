@@ -232,7 +232,9 @@ def attend(
             _library.warn_if_missing()
         context, weights = reference(query, key, value, vector, lengths, mask, score, scale)
         return context, weights if need_weights else None
-    tracing = torch._C._get_tracing_state() is not None  # torch.jit.trace: the graph must serve with gradients, too
+    tracing = torch._C._get_tracing_state() is not None
+    if tracing:  # torch.jit.trace: the graph must serve with gradients, too
+        onnx.refuse_torchscript()
     grad = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (vector is not None and vector.requires_grad)
     )

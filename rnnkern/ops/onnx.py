@@ -25,6 +25,11 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+# What torch.compiler.assume_constant_result would do, but for loading all of torch._dynamo: Dynamo, by which the exporter
+# tries again what failed, calls this while it traces. It takes `is_in_onnx_export` for False otherwise.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def refuse_torchscript() -> None:
     """Raises RuntimeError while the older exporter traces: it has no way to learn of our operators."""
     if torch.onnx.is_in_onnx_export():
