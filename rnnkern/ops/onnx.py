@@ -25,8 +25,8 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-# What torch.compiler.assume_constant_result would do, but for loading all of torch._dynamo: Dynamo, by which the exporter
-# tries again what failed, calls this while it traces. It takes `is_in_onnx_export` for False otherwise.
+# What torch.compiler.assume_constant_result does, without loading all of torch._dynamo: Dynamo, by which the exporter
+# tries again what failed, is to call this while it traces. It takes `is_in_onnx_export` for False.
 exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
