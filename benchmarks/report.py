@@ -32,7 +32,7 @@ from rnnkern._bench.probes import MachineProbe, Probes, ceilings
 from rnnkern._bench.timing import compare
 
 MEMORY_OF = (OURS, TORCH, EAGER, SDPA)
-# After a call the threads of a runtime, and torch's, spin for ten milliseconds and more on cores that the next one needs.
+# After a call the threads of a runtime, and torch's, spin for ten milliseconds and more, on cores that the next needs.
 REST_SECONDS = 0.03
 
 

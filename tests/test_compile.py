@@ -65,7 +65,7 @@ def test_layers_in_a_stack_with_states_and_lengths() -> None:
 def test_resets_and_cell_states() -> None:
     check(
         rnnkern.nn.LSTM(I, H),
-        lambda T, B: ((torch.randn(T, B, I),), {"resets": torch.rand(T, B) < 0.1, "return_cell_states": True}),
+        lambda T, B: ((torch.randn(T, B, I),), {"resets": torch.rand(T, B) < 0.1, "return_sequence_states": True}),
     )
 
 

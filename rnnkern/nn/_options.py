@@ -103,6 +103,7 @@ class Options(torch.nn.RNNBase):
     ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, ...] | None]:
         """`layers` with resets to the learned state: every episode is a row of its own, with its own initial state."""
         h_0, c_0 = self._learned_state(1)
+        h_0 = h_0.to(h.dtype)  # autocast's
         D = 2 if self.bidirectional else 1
         if x.shape[0] == 1:  # what resets decide is where this step starts
             begins = resets[0] if lengths is None else resets[0] & (lengths > 0).to(resets.device)

@@ -58,7 +58,7 @@ def layer(
     for name, given in (
         ("proj_size", projection[0] is not None),
         ("resets=", resets is not None),
-        ("return_cell_states=True", return_states),
+        ("return_sequence_states=True", return_states),
         ("a PackedSequence (give lengths= instead)", x.dim() != 3),
         (f"cell {cell!r}", cell not in _OPERATORS),
     ):

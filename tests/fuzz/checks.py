@@ -266,5 +266,5 @@ def keyword_arguments(case: KeywordCase) -> tuple[Any, ...]:
     if isinstance(case.resets, Spec):
         keywords["resets"] = case.resets.make(next(seeds))
     if case.every_state:
-        keywords["return_cell_states"] = True
+        keywords["return_sequence_states"] = True
     return x, hx, keywords
