@@ -89,10 +89,9 @@ asan: build
 	rm -rf build/asan/package; mkdir build/asan/package; cp -r rnnkern tests pyproject.toml build/asan/package; \
 	rm -f build/asan/package/rnnkern/*.so; cmake --install build/asan >build/asan.log || { cat build/asan.log; exit 1; }; \
 	cd build/asan/package; export ASAN_OPTIONS=detect_leaks=0; \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  "$(CURDIR)/$(python)" -m pytest $(asan_tests); \
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	  "$(CURDIR)/$(python)" -m tests.fuzz --seconds 20
+	preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"; \
+	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m pytest $(asan_tests); \
+	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m tests.fuzz --seconds 20
 
 # Threads are started in the engines and in the team only.
 tsan: tools
