@@ -4,7 +4,10 @@ import rnnkern
 lstm = rnnkern.nn.LSTM(256, 512)  # in the place of torch.nn.LSTM
 """
 
+import os
+
 from rnnkern import functional, importers, nn, seq2seq
+from rnnkern._enable import disable, enable
 from rnnkern._library import empty_cache
 from rnnkern.nn.quantized import quantize_dynamic
 from rnnkern.ops._dispatch import BackendUnavailable, backend, explain
@@ -15,7 +18,9 @@ __all__ = [
     "BackendUnavailable",
     "__version__",
     "backend",
+    "disable",
     "empty_cache",
+    "enable",
     "explain",
     "functional",
     "importers",
@@ -23,3 +28,6 @@ __all__ = [
     "quantize_dynamic",
     "seq2seq",
 ]
+
+if os.environ.get("RNNKERN_ENABLE") == "1":
+    enable()
