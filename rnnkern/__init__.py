@@ -7,6 +7,7 @@ lstm = rnnkern.nn.LSTM(256, 512)  # in the place of torch.nn.LSTM
 import os
 
 from rnnkern import functional, importers, nn, seq2seq
+from rnnkern._accelerate import accelerate, restore
 from rnnkern._enable import disable, enable
 from rnnkern._library import empty_cache
 from rnnkern.nn.quantized import quantize_dynamic
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
     "__version__",
+    "accelerate",
     "backend",
     "disable",
     "empty_cache",
@@ -26,6 +28,7 @@ __all__ = [
     "importers",
     "nn",
     "quantize_dynamic",
+    "restore",
     "seq2seq",
 ]
 
