@@ -31,6 +31,7 @@ from rnnkern.nn.recurrent import GRU, LSTM, RNN
 from rnnkern.ops import _dispatch
 from rnnkern.ops.packs import PackCache
 from rnnkern.ops.recurrence import step
+from rnnkern.ops.short import SHORT
 
 _MODULES: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "rnn_tanh": (RNN, {}),
@@ -135,11 +136,13 @@ def _alike(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _accepted(cell: str, x: Tensor, T: int, B: int, H: int, D: int, projection: bool) -> bool:
+def _accepted(cell: str, x: Tensor, weight: Tensor, T: int, B: int, H: int, D: int, projection: bool = False) -> bool:
     """Whether the compiled kernels run a well-formed call, or what `rnnkern.backend` forces; tells `explain` if not."""
     forced = _dispatch.forced()
     if torch.is_autocast_enabled("cpu"):
         why = "torch.autocast is enabled"
+    elif T * B < SHORT and weight.is_inference():
+        why = "the weights were made in inference mode, and would be packed for every short call"
     elif forced is None:
         choice = _dispatch._cached_choice(cell, x.device, x.dtype, T, B, H, projection)
         why = "" if choice.backend == "cpu" else choice.why.removesuffix(": eager reference")
@@ -206,7 +209,7 @@ def _layers(
     template = _template(cell, I, H, P, L, bias, dropout if L > 1 else 0.0, bidirectional, batch_first)
     if tuple([weight.shape for weight in weights]) != template.shapes:
         return None
-    if not _accepted(cell, input, T, B, H, D, P > 0):
+    if not _accepted(cell, input, weights[0], T, B, H, D, P > 0):
         return None
     packs = known.packs(weights[0], (bias, L, dropout, training, bidirectional, batch_first))
     module = _with_weights(template, weights, packs, training)
@@ -267,7 +270,7 @@ def _step(
         return None
     if [weight.shape for weight in weights] != [(rows, I), (rows, H), (rows,), (rows,)][: len(weights)]:
         return None
-    if not _accepted(cell, x, 1, B, H, 1, False):
+    if not _accepted(cell, x, w_ih, 1, B, H, 1):
         return None
     h, c, dtype = states[0], None if len(states) == 1 else states[1], x.dtype
     packs = known.packs(w_ih, (bias,))

@@ -149,14 +149,15 @@ def test_short_calls_without_gradients(
     x = torch.randn(B, I) if "Cell" in kind else torch.randn(B, 2, I)
     with mode():
         for change in (None, "add", "swap", "data"):
-            if change == "add":
-                module.state_dict()[next(iter(module.state_dict()))].add_(1)
-            elif change == "swap":
-                name, weight = next(iter(module.named_parameters()))
-                setattr(module, name, torch.nn.Parameter(weight.detach() * 2))
-            elif change == "data":
-                for parameter in module.parameters():
-                    parameter.data = parameter.data / 2
+            with torch.inference_mode(False), torch.no_grad():
+                if change == "add":
+                    module.state_dict()[next(iter(module.state_dict()))].add_(1)
+                elif change == "swap":
+                    name, weight = next(iter(module.named_parameters()))
+                    setattr(module, name, torch.nn.Parameter(weight.detach() * 2))
+                elif change == "data":
+                    for parameter in module.parameters():
+                        parameter.data = parameter.data / 2
             rnnkern.disable()
             expected = tree_leaves(module(x))
             rnnkern.enable()
@@ -507,6 +508,13 @@ def test_double_backward_and_weight_norm(ran: list[str]) -> None:
             for _ in range(4):
                 torch.testing.assert_close(gru(x)[0], outputs)
     assert "torch" not in ran
+
+
+def test_short_calls_with_weights_of_inference_mode_stay_torchs() -> None:
+    """They have no version: packs of them could not be kept."""
+    with torch.inference_mode(), rnnkern.enable():
+        cell, x = torch.nn.LSTMCell(I, H), torch.randn(B, I)
+        assert [note.backend for note in rnnkern.explain(cell, x).layers] == ["torch"]
 
 
 def test_inference_tensors_and_strided_weights(ran: list[str]) -> None:

@@ -173,3 +173,16 @@ def test_derivatives_of_any_order(kind: str) -> None:
 
     assert torch.autograd.gradcheck(run, (x, *states))
     assert torch.autograd.gradgradcheck(run, (x, *states))
+
+
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell"])  # torch's RNNCell refuses
+def test_the_new_state_may_be_written_over(kind: str) -> None:
+    """As torch's may, `h *= 1 - done` for example: backward needs what a step read, not what it gave."""
+    found = []
+    for cell in pair(kind):
+        x = torch.linspace(-1, 1, B * I).view(B, I).requires_grad_()
+        for state in tree_leaves(cell(x)):
+            state.mul_(0.5)
+            state.sum().backward(retain_graph=True)
+        found.append([x.grad, *(p.grad for p in cell.parameters())])
+    torch.testing.assert_close(*found)

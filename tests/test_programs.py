@@ -108,7 +108,15 @@ class _Last(torch.nn.Module):
         self.head = torch.nn.Linear(16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0][:, -1])
+        output = self.rnn(x)
+        return self.head((output if isinstance(output, Tensor) else output[0])[:, -1])
+
+
+class _Output(rnnkern.nn.LSTM):
+    """An LSTM that gives one tensor, as Opacus wants of a layer for which it has no rule of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input)[0]
 
 
 def test_opacus() -> None:
@@ -116,10 +124,10 @@ def test_opacus() -> None:
     opacus = pytest.importorskip("opacus")
     layers = pytest.importorskip("opacus.layers")
     model, x = _Last(torch.nn.LSTM(8, 16, batch_first=True)), torch.randn(12, 10, 8)
-    private = _Last(layers.DPLSTM(8, 16, batch_first=True))
+    replaced, private = _Last(_Output(8, 16, batch_first=True)), _Last(layers.DPLSTM(8, 16, batch_first=True))
+    replaced.load_state_dict(model.state_dict())
     private.rnn.load_state_dict(model.rnn.state_dict())  # which knows torch's names
     private.head.load_state_dict(model.head.state_dict())
-    assert len(rnnkern.accelerate(model).swapped) == 1
 
     def single(sample: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
@@ -127,7 +135,9 @@ def test_opacus() -> None:
         return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
     one_by_one = [single(sample) for sample in x]
-    ours, theirs = (opacus.GradSampleModule(module, batch_first=True) for module in (model, private))
+    ours, theirs = (
+        opacus.GradSampleModule(module, batch_first=True, loss_reduction="sum") for module in (replaced, private)
+    )
 
     def backward(module: Any) -> dict[str, Tensor]:
         module.zero_grad()
