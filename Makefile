@@ -28,11 +28,12 @@ cpp := $(shell find csrc rnnkern/_bench -name '*.h' -o -name '*.cpp' -o -name '*
 alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-directory
 comma := ,
 
-.PHONY: help demo test fuzz bench sweep streaming build lint format ctest asan tsan sanitize tools check clean distclean FORCE
+.PHONY: help demo test fuzz programs bench sweep streaming build lint format ctest asan tsan sanitize tools check clean distclean FORCE
 help:
 	@echo 'make demo       train, test and show the grapheme-to-phoneme example on our kernels'
 	@echo 'make test       run every Python test'
 	@echo 'make fuzz       random modules and calls against torch.nn (ARGS="--seconds 3600": for an hour)'
+	@echo 'make programs   install programs of others, and test that they run as before, and how much faster'
 	@echo 'make bench      measure against torch.nn and others, write benchmarks/results/ (ARGS=--smoke: a few rows)'
 	@echo 'make sweep      random shapes against torch.nn; make streaming measures calls of one step'
 	@echo 'make build      make the environment ($(VENV)) and build the extension into it'
@@ -48,6 +49,10 @@ test: build
 
 fuzz: build
 	@$(python) -m tests.fuzz $(ARGS)
+
+programs:
+	$(alone) $(VENV)/.stamp-programs
+	@$(python) -m pytest -s tests/test_programs.py $(ARGS)
 
 bench: build
 	@$(python) -m benchmarks.report $(ARGS)
@@ -136,6 +141,10 @@ $(VENV)/.stamp-env: $(VENV)/.torch
 $(VENV)/.stamp-build: $(VENV)/.stamp-env pyproject.toml $(sources)
 	@$(MAKE) --no-print-directory check
 	@echo "building the extension"; $(pip) --no-build-isolation -e '.[demo,bench,test]'; touch $@
+
+# torch is named again, so that no program brings another; silero-vad needs torchaudio for files only.
+$(VENV)/.stamp-programs: $(VENV)/.stamp-build
+	@echo "installing programs"; $(pip) --no-build-isolation '$(torch)' -e '.[programs]'; $(pip) --no-deps silero-vad; touch $@
 
 $(VENV)/.stamp-lint: $(VENV)/.stamp-build
 	@echo "installing the linters"; $(pip) --no-build-isolation -e '.[lint]'; touch $@

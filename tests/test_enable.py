@@ -1,5 +1,6 @@
 """torch's own operators on our kernels: what runs, what torch keeps, and that nothing is left when it is off."""
 
+import doctest
 import io
 import itertools
 import os
@@ -577,3 +578,9 @@ print([note.backend for note in rnnkern.explain(gru, x).layers], [str(w.message)
 
     assert run("1", "present") == "['cpu'] []\n"
     assert run("1", "missing") == "['torch'] ['rnnkern.enable() changes nothing']\n"
+
+
+def test_examples_run() -> None:
+    result = doctest.testmod(sys.modules["rnnkern._enable"])
+    assert result.attempted > 0
+    assert result.failed == 0
