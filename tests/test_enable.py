@@ -165,6 +165,11 @@ def test_short_calls_without_gradients(
             for _ in range(4):
                 assert_close(tree_leaves(module(x)), expected)
     assert ran == ["ours"] * 16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):  # a call past the dispatcher would not look at it
+        ours = tree_leaves(module(x))
+        rnnkern.disable()
+        assert [leaf.dtype for leaf in ours] == [leaf.dtype for leaf in tree_leaves(module(x))]
+    assert ran[16:] == ["torch"]
 
 
 def test_weights_are_packed_between_short_calls() -> None:
