@@ -314,8 +314,8 @@ class _Recurrent(Options, Leaf):
             y, h_n, c_n, states = self._episodes(self._layers, x, h, c, first, lengths, resets, return_states)
         if result != dtype:
             y, h_n, c_n, states = self._widened(result, y, h_n, c_n, states)
-        # In this order: a compiled program that compared T would be for short sequences alone, or for long ones. Without
-        # hx a short call starts from zeros.
+        # In this order: a compiled program that compared T would be for short sequences alone, or for long ones.
+        # A learned state is left out, since a short call without hx starts from zeros.
         if (
             not (self.bidirectional or self.proj_size or self.learn_initial_state or torch.compiler.is_compiling())
             and T < SHORT
