@@ -18,6 +18,9 @@ import rnnkern
 
 T, B, I, H = 5, 2, 3, 4
 
+# What torch says of a sequence of no steps, which is none of ours.
+NO_STEPS = (RuntimeError, "Expected sequence length to be larger than 0 in RNN")
+
 # Said in the place of torch's accidental words.
 OWN_WORDS = re.compile(
     r"'?hx(\[\d\])? must be (a pair of tensors|a tensor|a tuple of Tensors)"
@@ -137,6 +140,8 @@ def test_the_first_mistake_is_told(kind: str) -> None:
         if not comparable(kind, x_name, hx_name):
             continue
         actual, expected = outcome(ours, x(), hx()), outcome(peer, x(), hx())
+        if expected == NO_STEPS and actual[0] is None:
+            continue
         assert actual[0] is expected[0], (x_name, hx_name, actual, expected)
         if actual != expected:
             assert OWN_WORDS.match(actual[1]), (x_name, hx_name, actual, expected)

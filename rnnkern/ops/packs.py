@@ -46,6 +46,7 @@ class PackCache:
         """
         if not torch.compiler.is_exporting():
             self._entries = {}
+            self._memory = {}
             self._drop_short()
 
     def _drop_short(self) -> None:
