@@ -50,6 +50,7 @@ def check(model: nn.Module, exported: Any, *inputs: Any) -> None:
         ("LSTM", {"bias": False}),
         ("LSTM", {"num_layers": 2, "bidirectional": True, "batch_first": True}),
         ("GRU", {"num_layers": 2, "bidirectional": True}),
+        ("GRU", {"reset_after": False, "bidirectional": True}),
     ],
 )
 def test_layers(kind: str, options: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """The recurrent layer in ONNX's own operators RNN, LSTM and GRU: what `torch.onnx.export` writes of our modules.
 
 Gate order, directions, lengths and initial states are ONNX's to know, so that any runtime may read the model; GRU is in
-the form of torch and cuDNN, `linear_before_reset=1`. Source: https://onnx.ai/onnx/operators/onnx__LSTM.html.
+the form of torch and cuDNN, `linear_before_reset=1`, or 0 with `reset_after=False`.
+Source: https://onnx.ai/onnx/operators/onnx__LSTM.html.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ _OPERATORS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "rnn_relu": ("RNN", {"activations": ["Relu"]}, (0,)),
     "lstm": ("LSTM", {}, (0, 3, 1, 2)),  # i, o, f, g
     "gru": ("GRU", {"linear_before_reset": 1}, (1, 0, 2)),  # z, r, n
+    "gru_reset_before": ("GRU", {"linear_before_reset": 0}, (1, 0, 2)),
 }
 
 
