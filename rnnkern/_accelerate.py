@@ -109,6 +109,7 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
 
     Raises:
         TypeError: the model is not a module.
+        RuntimeError: a module's `forward` was replaced meanwhile, by what calls ours; nothing was restored.
 
     Example:
         >>> import torch, rnnkern
@@ -123,6 +124,9 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
     accelerated = [
         (path, module) for path, module in model.named_modules(remove_duplicate=False) if _ADDED in vars(module)
     ]
+    for path, module in accelerated:
+        if "forward" in vars(module):
+            raise RuntimeError(f"{path or 'the model'}: its forward was replaced after accelerate; put it back first")
     for module in {module: None for _, module in accelerated}:
         cls = type(module)
         module.__class__ = _rebased(cls, _BACK[_plain_class(module)])

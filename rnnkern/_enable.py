@@ -327,8 +327,10 @@ class _Switch:
         # Threads may still be on their way into a kernel that was removed, which must outlive their calls.
         self._kept: deque[Any] = deque(maxlen=_KEPT_SWITCHES * len(self._kernels))
         self._users = 0
+        self._disabled = 0  # times that all users were removed
 
-    def add_user(self) -> None:
+    def add_user(self) -> int:
+        """Returns what `remove_user` is to be given."""
         with self._lock:
             self._users += 1
             if self._library is None:
@@ -338,17 +340,28 @@ class _Switch:
                     for operator, kernel in self._kernels:
                         self._library.impl(operator, kernel, _ALIAS, with_keyset=True)  # type: ignore[no-untyped-call]
                         self._kept.append(torch.library.get_kernel(operator, "CPU"))
+            return self._disabled
 
-    def remove_users(self, count: int | None = None) -> None:
-        """Removes some users or all, as far as there are any."""
+    def remove_user(self, added: int) -> None:
+        """Removes a user, unless all were removed since it was added."""
         with self._lock:
-            self._users = 0 if count is None else max(0, self._users - count)
-            if self._users == 0 and self._library is not None:
-                self._library._destroy()  # type: ignore[no-untyped-call]
-                self._library = None
-                for known in self._known.values():
-                    known[0].clear()
-                    known[1].clear()
+            if added == self._disabled:
+                self._users -= 1
+                self._remove_unused()
+
+    def remove_all(self) -> None:
+        with self._lock:
+            self._users = 0
+            self._disabled += 1
+            self._remove_unused()
+
+    def _remove_unused(self) -> None:
+        if self._users == 0 and self._library is not None:
+            self._library._destroy()  # type: ignore[no-untyped-call]
+            self._library = None
+            for known in self._known.values():
+                known[0].clear()
+                known[1].clear()
 
 
 _switch = _Switch()
@@ -357,12 +370,14 @@ _switch = _Switch()
 class _Enabled(contextlib.AbstractContextManager["_Enabled"]):
     """What `enable` returns: leaving it as a block undoes that call, once."""
 
-    _left = False
+    def __init__(self) -> None:
+        self._added = _switch.add_user()
+        self._left = False
 
     def __exit__(self, *_: object) -> None:
         if not self._left:
             self._left = True
-            _switch.remove_users(1)
+            _switch.remove_user(self._added)
 
 
 def enable() -> contextlib.AbstractContextManager[Any]:
@@ -377,7 +392,8 @@ def enable() -> contextlib.AbstractContextManager[Any]:
     other devices, tensor subclasses, quantized and sparse tensors, dispatch modes, torch.func, forward-mode
     differentiation, and whatever is traced or exported (a graph keeps torch's operators). `rnnkern.explain(model, x)`
     says which calls those are. Results differ by rounding. Weights are packed between calls without gradients,
-    as in modules of rnnkern.nn in eval mode.
+    as in modules of rnnkern.nn in eval mode, but here `train()` and `eval()` do not drop the packs: after a write that
+    torch does not count (`.data`, NumPy) to few elements of a weight, call `disable` and `enable`.
 
     Returns:
         a context manager whose end undoes this call
@@ -396,7 +412,6 @@ def enable() -> contextlib.AbstractContextManager[Any]:
     """
     if not _library.available:
         warnings.warn(f"rnnkern.enable() changes nothing: {_library.reason}", RuntimeWarning, stacklevel=2)
-    _switch.add_user()
     return _Enabled()
 
 
@@ -410,4 +425,4 @@ def disable() -> None:
         >>> _ = rnnkern.enable()
         >>> rnnkern.disable()
     """
-    _switch.remove_users()
+    _switch.remove_all()

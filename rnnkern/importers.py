@@ -75,7 +75,9 @@ def from_keras(layer_or_weights: Any, *, nonlinearity: str = "tanh", reset_after
         cell = layer.forward_layer if bidirectional else layer
         nonlinearity, reset_after = _check_keras(cell, nonlinearity, reset_after)
         if bidirectional:
-            _check_keras(layer.backward_layer, nonlinearity, reset_after, backwards=True)
+            other = _check_keras(layer.backward_layer, nonlinearity, reset_after, backwards=True)
+            if other != (nonlinearity, reset_after) or type(layer.backward_layer).__name__ != type(cell).__name__:
+                raise ValueError("both layers of Bidirectional must be of one kind, activation and reset_after")
         weights = layer.get_weights()
         if not weights:
             raise ValueError(f"layer_or_weights must be built: {type(layer).__name__} has no weights yet")

@@ -282,3 +282,15 @@ def test_examples_run() -> None:
     result = doctest.testmod(sys.modules["rnnkern._accelerate"])
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_restore_refuses_what_wraps_our_forward() -> None:
+    model = torch.nn.Sequential(torch.nn.GRU(3, 4), torch.nn.GRUCell(3, 4))
+    rnnkern.accelerate(model)
+    inner = model[1].forward
+    model[1].forward = lambda *args: inner(*args)
+    with pytest.raises(RuntimeError, match=r"^1: its forward was replaced"):
+        rnnkern.restore(model)
+    assert type(model[0]) is rnnkern.nn.GRU
+    del model[1].forward
+    assert rnnkern.restore(model) == ("0", "1")

@@ -589,3 +589,19 @@ def test_examples_run() -> None:
     result = doctest.testmod(sys.modules["rnnkern._enable"])
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_a_handle_undoes_its_own_call_alone() -> None:
+    x, gru = torch.randn(5, 2, 3), torch.nn.GRU(3, 4)
+    before = rnnkern.enable()
+    rnnkern.disable()
+    with rnnkern.enable():
+        with before:
+            pass
+        assert rnnkern.explain(gru, x).layers
+    with rnnkern.enable():
+        rnnkern.disable()
+        rnnkern.enable()
+    assert rnnkern.explain(gru, x).layers
+    rnnkern.disable()
+    assert not rnnkern.explain(gru, x).layers

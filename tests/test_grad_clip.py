@@ -1,5 +1,6 @@
 """grad_clip and grad_clip_norm: what arrives where, by hand, on every backend, and of any order."""
 
+import io
 import math
 from typing import Any
 
@@ -230,3 +231,24 @@ def test_compiled() -> None:
     run = torch.compile(module, fullgraph=True, backend="aot_eager")
     found, expected = (torch.autograd.grad(f(x)[0].sum(), x) for f in (run, module))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_states_of_a_limited_layer_may_be_changed_in_place(grad: bool) -> None:
+    lstm = rnnkern.nn.LSTM(3, 4, grad_clip_norm=1.0)
+    with torch.set_grad_enabled(grad):
+        y, (h, c) = lstm(torch.randn(5, 2, 3))
+        h.mul_(0.5)
+        if grad:
+            (y.sum() + h.sum()).backward()
+        h.detach_()
+        c.detach_()
+    assert not h.requires_grad
+
+
+def test_a_trace_with_a_limit_can_be_saved() -> None:
+    gru, x = rnnkern.nn.GRU(3, 4, grad_clip_norm=1.0), torch.randn(5, 2, 3)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(gru, x), file)
+    file.seek(0)
+    assert torch.equal(torch.jit.load(file)(x)[0], gru(x)[0])

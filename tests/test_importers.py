@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -167,6 +168,26 @@ def test_the_imported_layer_is_a_copy() -> None:
 def test_keras_weights_that_do_not_fit(given: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         from_keras(given)
+
+
+@pytest.mark.parametrize("differs", [{"activation": "relu"}, {"reset_after": False}], ids=str)
+def test_directions_of_keras_that_differ(differs: dict[str, Any]) -> None:
+    """Without Keras: an object that says of itself what its Bidirectional says."""
+
+    def layer(kind: str, activation: str = "tanh", reset_after: bool = True, backwards: bool = False) -> Any:
+        named = {name: SimpleNamespace(__name__=name) for name in (activation, "sigmoid")}
+        facts = {"cell": None, "go_backwards": backwards, "activation": named[activation]}
+        return type(kind, (), facts | {"recurrent_activation": named["sigmoid"], "reset_after": reset_after})()
+
+    kind = "SimpleRNN" if "activation" in differs else "GRU"
+    both = SimpleNamespace(
+        merge_mode="concat",
+        forward_layer=layer(kind),
+        backward_layer=layer(kind, backwards=True, **differs),
+        get_weights=list,
+    )
+    with pytest.raises(ValueError, match="both layers of Bidirectional must be of one kind"):
+        from_keras(both)
 
 
 def test_flax_params_that_do_not_fit() -> None:

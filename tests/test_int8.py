@@ -365,3 +365,12 @@ def test_opcheck(cell: str, D: int) -> None:
     plain = (cell, layer.x, layer.h0, layer.c0, *layer.weights, layer.lengths, None)
     for packed in (None, torch.ops.rnnkern.pack_int8(cell, *layer.weights)):
         torch.library.opcheck(torch.ops.rnnkern.layer_int8.default, (*plain, True, packed))
+
+
+def test_packs_hold_the_memory_of_their_weights() -> None:
+    """Else weights made for every call could lie where the packed ones did."""
+    module = rnnkern.quantize_dynamic(torch.nn.Sequential(rnnkern.nn.GRU(5, 8)).eval())[0]
+    with torch.no_grad():
+        module(torch.randn(2, 1, 5))
+    held = {storage.data_ptr() for storage in module._packs._memory[0]}
+    assert {buffer.data_ptr() for buffer in module.buffers()} <= held

@@ -166,3 +166,25 @@ def test_memory() -> None:
     unit = 2000 * 16 * 128 * 4 / 1024  # KiB of one number per unit and step
     assert peaks[0] > 5 * unit
     assert peaks[1] < peaks[0] / 2, f"{peaks[1]} KiB with segments, {peaks[0]} without"
+
+
+@pytest.mark.parametrize("what", ["lengths", "resets"])
+def test_what_backward_reads_may_be_written_over(what: str) -> None:
+    plain, segmented = pair("GRU", 2)
+    x = torch.randn(6, 3, plain.input_size)
+    given = {"lengths": torch.tensor([6, 2, 4]), "resets": torch.rand(6, 3) < 0.4}[what]
+    gradients = []
+    for module, kept in ((plain, given.clone()), (segmented, given)):
+        y, _ = module(x, **{what: kept})
+        if module is segmented:
+            kept.zero_()
+        y.square().sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_exported_for_any_number_of_steps() -> None:
+    module = torch.nn.Sequential(rnnkern.nn.GRU(5, 4, checkpoint_every=3)).train()
+    program = torch.export.export(module, (torch.randn(7, 2, 5),), dynamic_shapes=({0: torch.export.Dim("T")},))
+    x = torch.randn(3, 2, 5)
+    torch.testing.assert_close(program.module()(x)[0], module(x)[0])

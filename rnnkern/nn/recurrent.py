@@ -29,7 +29,7 @@ _KEYWORDS = """
 
     - `learn_initial_state=True`: parameters `h_0` [L*D, 1, H] (LSTM also `c_0`), zero at first, are the state of every
       row where hx is None, and where an episode starts at a reset. hx, if given, enters as it would otherwise. With
-      resets, T > 1, `torch.compile` breaks the graph: their number decides sizes.
+      resets, T > 1, `torch.export` cannot take it: their number decides sizes.
     - `grad_clip=c`: in backward every element of the gradient of the gates before their activations is limited to
       [-c, c] at every step, before it goes on to x_t, h_t-1 and the weights:
       dL/dgx_t <- max(-c, min(c, dL/dgx_t)) for gx_t = W_ih x_t + b_ih, and so for gh_t = W_hh h_t-1 + b_hh. Past the
@@ -38,6 +38,8 @@ _KEYWORDS = """
     - `grad_clip_norm=c`: in backward the gradient of each layer's outputs is limited in norm for every sequence of the
       batch by itself: with g_b of all that arrives for sequence b, over all steps and the final state,
       g_b <- g_b min(1, c / |g_b|). What the sequence adds to any gradient of the layer shrinks by this factor.
+      With a learned initial state every episode of `resets` counts as a sequence. Programs of torch.export and
+      torch.jit.trace do not limit. Both limits see gradients as GradScaler has scaled them.
     - `checkpoint_every=k`: of every k-th step the state is kept for backward, which runs the k steps from there again,
       instead of the gates of every step. Outputs and, in float32 and float64, the gradients of x and hx are the same
       to the last bit; those of weights differ by the order of their sums. Everything is kept under `torch.compile`,

@@ -17,11 +17,16 @@ def clip_sequences(outputs: Outputs, lengths: Tensor | None, limit: float) -> Ou
     The gradient of c_all belongs to g_b, too; what comes for padding does not. Backward through a layer is linear in
     g_b, so all that the sequence adds to any gradient shrinks by this factor.
 
+    Programs of torch.export and torch.jit.trace hold no functions of Python: they limit nothing.
+
     Args:
         outputs: y, h_n, c_n, c_all of `rnnkern.ops.recurrence.recurrence`.
         lengths: steps of each row, or None.  # int64 [B]
         limit: the largest norm of g_b.
     """
+    exported = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    if exported or not (torch.is_grad_enabled() and any([output.requires_grad for output in outputs])):
+        return outputs
     y, h_n, c_n, c_all = outputs
     B = h_n.shape[1]
     steps = y.shape[0] if y.dim() == 3 else int(lengths[0]) if lengths is not None and B > 0 else 0
@@ -38,7 +43,8 @@ class _ClipSequences(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, h_n: Tensor, c_n: Tensor, c_all: Tensor, rows: Tensor, limit: float) -> Any:
-        return tuple(out.view_as(out) for out in (y, h_n, c_n, c_all))
+        # The states are copies, since programs detach them in place, which views refuse.
+        return y.view_as(y), h_n.clone(), c_n.clone(), c_all.view_as(c_all)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

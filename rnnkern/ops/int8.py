@@ -76,8 +76,7 @@ class Int8PackCache(PackCache):
     def add(self, layer: int, key: list[Any], cell: str, weights: Int8Weights) -> Tensor:
         """Packs these weights."""
         packed: Tensor = torch.ops.rnnkern.pack_int8.default(cell, *weights)
-        self._entries[layer] = (key, packed)
-        self._drop_short()
+        self._remember(layer, key, weights, packed)
         return packed
 
 

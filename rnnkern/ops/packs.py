@@ -15,14 +15,14 @@ Weights = tuple[Tensor | None, ...]
 class PackCache:
     """Weights of a module's layers in the kernels' layout, for calls of few rows without gradients in eval mode.
 
-    An entry holds while every weight keeps address, version and dtype. It keeps the weights' memory, too: a weight that
-    a hook or a parametrization makes anew for every call would else come to lie where an earlier one did, with its
-    version. That misses writes without a trace: fused
+    An entry holds while every weight keeps address, version and dtype. That misses writes without a trace: fused
     optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in training mode or
     with gradients, and in `train` and `eval`; and the kernels compare a sample of the elements with one kept in the
     pack. What remains unseen is a write without a trace, to so few elements that the sample misses them, between two
     calls without gradients of a module that stays in eval mode: `module.eval()` after such a write makes it seen.
     Weights are packed when seen unchanged for the second time: evaluating between updates packs nothing in vain.
+    An entry keeps the weights' memory, too: a weight that a hook or a parametrization makes anew for every call would
+    else come to lie where an earlier one did, with its version.
 
     Attributes:
         short: runs the whole module past the dispatcher (`rnnkern.ops.short`), once all its layers have packs; or None.
@@ -66,10 +66,13 @@ class PackCache:
         """Remembers these weights; packs them if they were remembered before."""
         entry = self._entries.get(layer)
         packed = torch.ops.rnnkern.pack.default(cell, *weights) if entry is not None and entry[0] == key else None
+        self._remember(layer, key, weights, packed)
+        return packed
+
+    def _remember(self, layer: int, key: list[Any], weights: Sequence[Tensor | None], packed: Tensor | None) -> None:
         self._entries[layer] = (key, packed)
         self._memory[layer] = [weight.untyped_storage() for weight in weights if weight is not None]
         self._drop_short()
-        return packed
 
     def prepare(self, cell: str, parameters: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
         """Makes `short`, if it can be made: every layer's weights are parameters of these names, and packed."""

@@ -42,14 +42,15 @@ def segmented(
     Arguments and results are those of `recurrence`. Source: Chen et al. 2016, https://arxiv.org/abs/1604.06174.
     """
     tensors = (x, h0, c0, *weights, *projection)
-    T = x.shape[0] if x.dim() == 3 else int(lengths[0]) if lengths is not None and len(lengths) else 0
-    if (
-        every >= T
-        or torch.compiler.is_compiling()
+    T = 0
+    if not (
+        torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or transformed()
         or not (torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]))
-    ):
+    ):  # no traced program may depend on T
+        T = x.shape[0] if x.dim() == 3 else int(lengths[0]) if lengths is not None and len(lengths) else 0
+    if every >= T:
         return recurrence(
             *(cell, x, h0, c0, weights),
             projection=projection,
@@ -60,7 +61,9 @@ def segmented(
         )
     if packs is not None:
         packs.forget()  # as `recurrence` does where gradients are wanted
-    result: Outputs = _apply(_Plan(every, T, cell, lengths, options), *tensors)
+    # Copies: backward reads them again, whatever the caller has written there since.
+    lengths, resets = (None if t is None else t.clone() for t in (lengths, options.get("resets")))
+    result: Outputs = _apply(_Plan(every, T, cell, lengths, {**options, "resets": resets}), *tensors)
     return result
 
 

@@ -157,12 +157,14 @@ def known(kind: str, theirs: torch.nn.Module, call: Call, ours: Any, other: Any)
         return True  # torch checks nothing here: whatever its kernel makes of it
     if kind == "LSTMCell" and isinstance(ours, RuntimeError) and "must have the dtype of input" in str(ours):
         return True  # torch mixes dtypes of h and c where nothing multiplies c
+    # Flags need not be bool: ours are tested for truth, and torch's constructor takes them, but not its call.
+    if isinstance(other, TypeError) and "invalid combination of arguments" in str(other):
+        return not isinstance(ours, Exception) or not all(
+            isinstance(getattr(theirs, flag, True), bool) for flag in ("bias", "batch_first", "bidirectional")
+        )
     if isinstance(ours, Exception):
         return False
-    if isinstance(other, RuntimeError) and "Expected sequence length to be larger than 0" in str(other):
-        return True
-    # Flags need not be bool: ours are tested for truth, and torch's constructor takes them, but not its call.
-    return isinstance(other, TypeError) and "invalid combination of arguments" in str(other)
+    return isinstance(other, RuntimeError) and "Expected sequence length to be larger than 0" in str(other)
 
 
 def build(call: Call, batch_first: bool) -> tuple[Any, Any]:
