@@ -96,7 +96,7 @@ asan: build
 	cd build/asan/package; export ASAN_OPTIONS=detect_leaks=0; \
 	preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"; \
 	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m pytest $(asan_tests); \
-	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m tests.fuzz --seconds 20
+	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m tests.fuzz --seconds 20 --seed 1
 
 # Threads are started in the engines and in the team only.
 tsan: tools
