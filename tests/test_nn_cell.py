@@ -186,3 +186,16 @@ def test_the_new_state_may_be_written_over(kind: str) -> None:
             state.sum().backward(retain_graph=True)
         found.append([x.grad, *(p.grad for p in cell.parameters())])
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_sparse_input(kind: str, layout: torch.layout) -> None:
+    cell, peer = pair(kind)
+    x = torch.randn(3, cell.input_size).relu()
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode:
+            for _ in range(3):  # also where dense calls were packed before
+                cell.eval()(x)
+            actual, expected = (tree_leaves(module(x.to_sparse(layout=layout))) for module in (cell, peer))
+        torch.testing.assert_close(actual, expected)

@@ -130,6 +130,8 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
         weight = weights[0]
         assert weight is not None
         dtype = autocast_dtype(weight)
+        if x.layout != torch.strided:
+            x = x.to_dense()
         B, I = x.shape
         if self.input_size != I:
             raise RuntimeError(f"input has inconsistent input_size: got {I} expected {self.input_size}")
