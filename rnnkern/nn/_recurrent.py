@@ -12,6 +12,7 @@ from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
+from rnnkern.nn._checks import check_pair, first_two, kind_of, not_tensors, states_of, time_major_resets
 from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._options import OPTIONS, Options
 from rnnkern.nn._written import write_step
@@ -207,14 +208,6 @@ class _Recurrent(Options, Leaf):
 
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
-    def _refuse_rank(self, h: Tensor, c: Tensor | None, batched: bool) -> None:
-        """Raises RuntimeError for a state of another rank than the input."""
-        rank = 3 if batched else 2
-        kind = f"For {'batched' if batched else 'unbatched'} {rank}-D input,"
-        if c is None:
-            raise RuntimeError(f"{kind} hx should also be {rank}-D but got {h.dim()}-D tensor")
-        raise RuntimeError(f"{kind} hx and cx should also be {rank}-D but got ({h.dim()}-D, {c.dim()}-D) tensors")
-
     def _check(
         self,
         input: Tensor,  # in torch's layout
@@ -239,7 +232,7 @@ class _Recurrent(Options, Leaf):
             else:
                 torch.nn.LSTM.check_forward_args(self, input, (h, c), batch_sizes)  # type: ignore[arg-type]
         if c is not None and (type(hx) is not tuple or len(hx) != 2):
-            _check_pair(hx)
+            check_pair(hx)
         device = input.device
         states = (h,) if c is None else (h, c)
         for state in states:
@@ -261,7 +254,7 @@ class _Recurrent(Options, Leaf):
         try:
             rank = input.dim()
         except AttributeError:
-            raise AttributeError(f"input must be a tensor or a PackedSequence, got {_kind(input)}") from None
+            raise AttributeError(f"input must be a tensor or a PackedSequence, got {kind_of(input)}") from None
         if rank != 3 and rank != 2:
             tensor = " tensor" if self.mode.startswith("RNN") else ""  # torch's wording differs
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {rank}D{tensor} instead")
@@ -271,18 +264,7 @@ class _Recurrent(Options, Leaf):
         if hx is None:
             h = c = None
         else:
-            if not self._two_states:
-                h, c = hx, None
-            elif type(hx) is tuple and len(hx) == 2:
-                h, c = hx
-            else:
-                h, c = _first_two(hx)
-            try:
-                fits = (h.dim(), c.dim()) == (rank, rank) if self._two_states else h.dim() == rank
-            except AttributeError:
-                raise AttributeError(_not_tensors(h, c, self._two_states)) from None
-            if not fits:
-                self._refuse_rank(h, c, batched)
+            h, c = states_of(hx, rank, self._two_states)
         if not batched:
             x = input.unsqueeze(1)
             input = input.unsqueeze(0) if self.batch_first else x
@@ -303,7 +285,9 @@ class _Recurrent(Options, Leaf):
         if lengths is not None:
             lengths = check_lengths(lengths, T, B)
         if resets is not None:
-            resets = self._time_major_resets(resets, T, B, batched, weight.device)
+            resets = time_major_resets(
+                resets, T, B, batched=batched, batch_first=self.batch_first, device=weight.device
+            )
         result = dtype
         if x.dtype != dtype or h.dtype != dtype or (c is not None and c.dtype != dtype):  # only autocast lets this pass
             result = result_dtype(self.mode, h if c is None else c, dtype, fused=not self.proj_size)
@@ -343,23 +327,6 @@ class _Recurrent(Options, Leaf):
             h, *c = states
             states = h if self.proj_size else h.to(dtype), *(s.to(dtype) for s in c)
         return y, h_n, None if c_n is None else c_n.to(dtype), states
-
-    def _time_major_resets(self, resets: Tensor, T: int, B: int, batched: bool, device: torch.device) -> Tensor:
-        """Returns resets as [T, B]; raises RuntimeError unless they are bool, in the input's layout, on its device."""
-        if not isinstance(resets, Tensor):
-            raise TypeError(f"resets must be a tensor, got {type(resets).__name__}")
-        expected = [T] if not batched else [B, T] if self.batch_first else [T, B]
-        if list(resets.shape) != expected:
-            raise RuntimeError(
-                f"resets must have one entry per row and step. Expected shape {expected}, got {list(resets.shape)}"
-            )
-        if resets.dtype != torch.bool:
-            raise RuntimeError(f"resets must be bool. Expected torch.bool, got {resets.dtype}")
-        if resets.device != device:
-            raise RuntimeError(f"resets must be on the device of input. Expected {device}, got {resets.device}")
-        if not batched:
-            return resets.unsqueeze(1)
-        return resets.t().contiguous() if self.batch_first else resets.contiguous()
 
     def _layers(
         self,
@@ -456,12 +423,12 @@ class _Recurrent(Options, Leaf):
             if not self._two_states:
                 h, c = hx, None
             else:
-                h, c = _check_pair(hx) if order is None else _first_two(hx)
+                h, c = check_pair(hx) if order is None else first_two(hx)
             if not isinstance(h, Tensor) or (self._two_states and not isinstance(c, Tensor)):
                 if order is None and not self._two_states:
                     self.check_input(data, batch_sizes)  # torch looks at it first
                 absent = TypeError if order is None and self._two_states else AttributeError
-                raise absent(_not_tensors(h, c, self._two_states))
+                raise absent(not_tensors(h, c, self._two_states))
             if order is not None:
                 h = h.index_select(1, order)
                 c = None if c is None else c.index_select(1, order)
@@ -499,33 +466,3 @@ def _every_state(
     kinds = (outputs, cells) if two_states else (outputs,)
     split = [[y.view(*y.shape[:-1], D, y.shape[-1] // D) for y in kind] for kind in kinds]  # [T, B, D, H] or [N, D, H]
     return tuple(torch.cat([s if s.dim() == 3 else s.transpose(1, 2) for s in kind], 1).to(dtype) for kind in split)
-
-
-def _first_two(hx: Any) -> tuple[Tensor, Any]:
-    """The first two items of what is not a pair; else the exception that torch comes to."""
-    try:
-        h = hx[0]
-        if not isinstance(h, Tensor):
-            raise AttributeError
-        return h, hx[1]
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise type(error)(f"hx must be a pair of tensors, got {_kind(hx)}") from None
-
-
-def _check_pair(hx: Any) -> tuple[Any, Any]:
-    """Returns the pair; raises TypeError or RuntimeError, as torch's operator does, unless hx is one."""
-    if not isinstance(hx, tuple | list):
-        raise TypeError(f"hx must be a pair of tensors, got {_kind(hx)}")
-    if len(hx) != 2:
-        raise RuntimeError(f"hx must be a pair of tensors: lstm expects two hidden states, got {len(hx)}")
-    return hx[0], hx[1]
-
-
-def _not_tensors(h: Any, c: Any, two_states: bool) -> str:
-    if two_states:
-        return f"hx must be a pair of tensors, got {_kind(h)} and {_kind(c)}"
-    return f"hx must be a tensor, got {_kind(h)}"
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__

@@ -55,7 +55,34 @@ _KEYWORDS = """
 """
 
 
-class RNN(_Recurrent):  # noqa: D101, it has one
+class _OneState(_Recurrent):
+    """A stack whose only state is h."""
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        resets: Tensor | None = None,
+        return_sequence_states: bool = False,
+    ) -> Any:
+        """Runs the layers; see the class."""
+        if lengths is None and resets is None and not return_sequence_states:
+            result = self._short(input, hx)
+            if result is not None:
+                return result
+        if isinstance(input, Proxy):
+            return self._traced(
+                input, hx, lengths=lengths, resets=resets, return_sequence_states=return_sequence_states
+            )
+        output, h_n, _, states = self._run(input, hx, lengths, resets, return_sequence_states)
+        if return_sequence_states:
+            return output, h_n, states
+        return output, h_n
+
+
+class RNN(_OneState):  # noqa: D101, it has one
     __doc__ = f"""Elman network of one or more layers, in the place of torch.nn.RNN.
 
     h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu in the place of tanh (`nonlinearity="relu"`). The constructor,
@@ -84,29 +111,6 @@ class RNN(_Recurrent):  # noqa: D101, it has one
         if self.nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
         super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-        return_sequence_states: bool = False,
-    ) -> Any:
-        """Runs the layers; see the class."""
-        if lengths is None and resets is None and not return_sequence_states:
-            result = self._short(input, hx)
-            if result is not None:
-                return result
-        if isinstance(input, Proxy):
-            return self._traced(
-                input, hx, lengths=lengths, resets=resets, return_sequence_states=return_sequence_states
-            )
-        output, h_n, _, states = self._run(input, hx, lengths, resets, return_sequence_states)
-        if return_sequence_states:
-            return output, h_n, states
-        return output, h_n
 
 
 class LSTM(_Recurrent):  # noqa: D101, it has one
@@ -158,7 +162,7 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
         return output, (h_n, c_n)
 
 
-class GRU(_Recurrent):  # noqa: D101, it has one
+class GRU(_OneState):  # noqa: D101, it has one
     __doc__ = f"""Gated recurrent unit of one or more layers, in the place of torch.nn.GRU.
 
     r, z = sigmoid(W x + b + U h + b'), n = tanh(W_n x + b_n + r (U_n h + b_n')), h' = (1 - z) n + z h. The constructor,
@@ -194,26 +198,3 @@ class GRU(_Recurrent):  # noqa: D101, it has one
     def extra_repr(self) -> str:
         """Torch's, and what torch has not."""
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        resets: Tensor | None = None,
-        return_sequence_states: bool = False,
-    ) -> Any:
-        """Runs the layers; see the class."""
-        if lengths is None and resets is None and not return_sequence_states:
-            result = self._short(input, hx)
-            if result is not None:
-                return result
-        if isinstance(input, Proxy):
-            return self._traced(
-                input, hx, lengths=lengths, resets=resets, return_sequence_states=return_sequence_states
-            )
-        output, h_n, _, states = self._run(input, hx, lengths, resets, return_sequence_states)
-        if return_sequence_states:
-            return output, h_n, states
-        return output, h_n

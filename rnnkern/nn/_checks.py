@@ -1,0 +1,83 @@
+"""Checks of what a call of a layer gives besides its input: the state and the resets, with torch's exceptions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def states_of(hx: Any, rank: int, two_states: bool) -> tuple[Tensor, Tensor | None]:
+    """h and c, None if the cell has none, for an input of this rank; raises torch's exception where hx does not fit."""
+    h: Any
+    c: Any
+    if not two_states:
+        h, c = hx, None
+    elif type(hx) is tuple and len(hx) == 2:
+        h, c = hx
+    else:
+        h, c = first_two(hx)
+    try:
+        fits = (h.dim(), c.dim()) == (rank, rank) if two_states else h.dim() == rank
+    except AttributeError:
+        raise AttributeError(not_tensors(h, c, two_states)) from None
+    if not fits:
+        _refuse_rank(h, c, rank)
+    return h, c
+
+
+def _refuse_rank(h: Tensor, c: Tensor | None, rank: int) -> None:
+    """Raises RuntimeError for a state of another rank than the input."""
+    kind = f"For {'batched' if rank == 3 else 'unbatched'} {rank}-D input,"
+    if c is None:
+        raise RuntimeError(f"{kind} hx should also be {rank}-D but got {h.dim()}-D tensor")
+    raise RuntimeError(f"{kind} hx and cx should also be {rank}-D but got ({h.dim()}-D, {c.dim()}-D) tensors")
+
+
+def first_two(hx: Any) -> tuple[Tensor, Any]:
+    """The first two items of what is not a pair; else the exception that torch comes to."""
+    try:
+        h = hx[0]
+        if not isinstance(h, Tensor):
+            raise AttributeError
+        return h, hx[1]
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise type(error)(f"hx must be a pair of tensors, got {kind_of(hx)}") from None
+
+
+def check_pair(hx: Any) -> tuple[Any, Any]:
+    """Returns the pair; raises TypeError or RuntimeError, as torch's operator does, unless hx is one."""
+    if not isinstance(hx, tuple | list):
+        raise TypeError(f"hx must be a pair of tensors, got {kind_of(hx)}")
+    if len(hx) != 2:
+        raise RuntimeError(f"hx must be a pair of tensors: lstm expects two hidden states, got {len(hx)}")
+    return hx[0], hx[1]
+
+
+def not_tensors(h: Any, c: Any, two_states: bool) -> str:
+    if two_states:
+        return f"hx must be a pair of tensors, got {kind_of(h)} and {kind_of(c)}"
+    return f"hx must be a tensor, got {kind_of(h)}"
+
+
+def kind_of(value: Any) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+
+
+def time_major_resets(
+    resets: Tensor, T: int, B: int, *, batched: bool, batch_first: bool, device: torch.device
+) -> Tensor:
+    """Returns resets as [T, B]; raises RuntimeError unless they are bool, in the input's layout, on its device."""
+    if not isinstance(resets, Tensor):
+        raise TypeError(f"resets must be a tensor, got {type(resets).__name__}")
+    expected = [T] if not batched else [B, T] if batch_first else [T, B]
+    if list(resets.shape) != expected:
+        raise RuntimeError(
+            f"resets must have one entry per row and step. Expected shape {expected}, got {list(resets.shape)}"
+        )
+    if resets.dtype != torch.bool:
+        raise RuntimeError(f"resets must be bool. Expected torch.bool, got {resets.dtype}")
+    if resets.device != device:
+        raise RuntimeError(f"resets must be on the device of input. Expected {device}, got {resets.device}")
+    if not batched:
+        return resets.unsqueeze(1)
+    return resets.t().contiguous() if batch_first else resets.contiguous()
