@@ -122,6 +122,50 @@ def test_traced_saved_and_loaded(case: str) -> None:
         torch.testing.assert_close(leaves(traced(*args)), leaves(module(*args)))
 
 
+class Agent(nn.Module):
+    """Episodes that start in the learned state: their number, which sizes follow from, is not that of the trace."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layers = getattr(rnnkern.nn, kind)(I, H, num_layers=2, bidirectional=True, learn_initial_state=True)
+        for state in self.layers._initial_state():
+            nn.init.uniform_(state)
+
+    def forward(self, x: Tensor, hx: Any, resets: Tensor, lengths: Tensor) -> Any:
+        return self.layers(x, hx, resets=resets, lengths=lengths)
+
+
+def episodes(kind: str, t: int, b: int, often: float) -> tuple[Any, ...]:
+    hx = states(b) if kind == "LSTM" else states(b)[0]
+    return torch.randn(t, b, I), hx, torch.rand(t, b) < often, torch.randint(0, t + 1, (b,))
+
+
+def assert_episodes_of_any_number(kind: str, program: Any, model: nn.Module) -> None:
+    for t, b, often in ((6, 3, 0.3), (6, 3, 1.0), (20, 2, 0.1), (3, 7, 0.0), (1, 1, 1.0)):
+        args = episodes(kind, t, b, often)
+        torch.testing.assert_close(leaves(program(*args)), leaves(model(*args)))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_export_of_learned_states_with_resets(kind: str, strict: bool) -> None:
+    model = Agent(kind)
+    state = {1: B}
+    sizes = ({0: T, 1: B}, (state, state) if kind == "LSTM" else state, {0: T, 1: B}, {0: B})
+    exported = torch.export.export(model, episodes(kind, 6, 3, 0.3), dynamic_shapes=sizes, strict=strict)
+    assert_episodes_of_any_number(kind, exported.module(), model)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("steps", "rows"), [(6, 3), (1, 3), (6, 1), (1, 1)])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_trace_of_learned_states_with_resets(kind: str, steps: int, rows: int) -> None:
+    model = Agent(kind)
+    traced = torch.jit.trace(model, episodes(kind, steps, rows, 0.3), check_trace=False)
+    assert_episodes_of_any_number(kind, traced, model)
+
+
 class Model(nn.Module):
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
@@ -193,3 +237,25 @@ def test_leaves_of_fx_graphs() -> None:
 def test_fx_does_not_trace_into_one(part: nn.Module) -> None:
     with pytest.raises(torch.fx.proxy.TraceError, match=f"cannot trace into {type(part).__name__}"):
         torch.fx.symbolic_trace(part)
+
+
+def test_steps_in_fx_graphs() -> None:
+    class Stepping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = rnnkern.nn.LSTM(I, H)
+            self.cell = rnnkern.nn.GRUCell(H, H)
+
+        def forward(self, x: Tensor, h: Tensor, c: Tensor, state: Tensor) -> Any:
+            y, (h, c) = self.layers.step(x, (h, c))
+            return h, c, self.cell.step(y, state, inplace=True)
+
+    model = Stepping()
+    traced = torch.fx.symbolic_trace(model)
+    traced.graph.lint()
+    assert [n.target for n in traced.graph.nodes if n.op == "call_method"] == ["step", "step"]
+    x, h, c, state = torch.randn(3, I), torch.randn(1, 3, H), torch.randn(1, 3, H), torch.randn(3, H)
+    with torch.no_grad():
+        expected = model(x, h, c, state.clone())
+        torch.testing.assert_close(traced(x, h, c, state), expected, rtol=0, atol=0)
+    assert torch.equal(state, expected[-1])

@@ -223,6 +223,9 @@ def test_limits_are_positive(option: str, limit: float) -> None:
         rnnkern.nn.GRU(I, H, **{option: limit})
     with pytest.raises(ValueError, match=f"QuantizedGRU has no gradients, got {option}=1"):
         rnnkern.nn.QuantizedGRU(I, H, **{option: 1})
+    for given in ("a", True, torch.ones(2)):
+        with pytest.raises(TypeError, match=f"{option} must be a number, got {type(given).__name__}"):
+            rnnkern.nn.GRU(I, H, **{option: given})
 
 
 def test_compiled() -> None:

@@ -196,6 +196,21 @@ def test_quantized_modules_keep_it(kind: str) -> None:
     assert torch.equal(quantized.state_dict()["h_0"], module.h_0)
 
 
+def test_something_else_in_its_place() -> None:
+    module, x = rnnkern.nn.LSTM(I, H, learn_initial_state=True), torch.randn(T, 2, I)
+    module.h_0 = torch.nn.Parameter(torch.zeros(1, 2, H))  # would fit a batch of two
+    with pytest.raises(RuntimeError, match=r"h_0 must have shape \[1, 1, 5\], got \[1, 2, 5\]"):
+        module(x)
+    module.h_0 = None
+    for call in (lambda: module(x), lambda: module.step(x[0]), module.reset_parameters):
+        with pytest.raises(
+            TypeError, match=r"h_0 must be a tensor \[1, 1, 5\] with learn_initial_state=True, got NoneT"
+        ):
+            call()
+    hx = torch.zeros(1, 2, H), torch.zeros(1, 2, H)
+    assert module(x, hx)[0].shape == (T, 2, H)
+
+
 def test_compiled() -> None:
     module = learned("LSTM")
     run = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -204,3 +219,9 @@ def test_compiled() -> None:
     resets = torch.tensor([[True, False, True, False]])
     hx = tree_map(torch.rand_like, state_of(module))
     torch.testing.assert_close(run(x[:1], hx, resets=resets), module(x[:1], hx, resets=resets))
+    torch._dynamo.reset()
+    longer = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for often in (0.3, 0.0, 1.0):  # the number of episodes compiles nothing anew
+            resets = torch.rand(T, B) < often
+            torch.testing.assert_close(longer(x, resets=resets), module(x, resets=resets))

@@ -134,16 +134,21 @@ def message(error: BaseException | None) -> str:
 
 
 class WithResets(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.layers = rnnkern.nn.GRU(I, H)
+        self.layers = rnnkern.nn.GRU(I, H, **options)
 
     def forward(self, x: Tensor) -> Any:
         return self.layers(x, resets=x[:, :, 0] > 0)
 
 
 @pytest.mark.parametrize(
-    ("model", "named"), [(rnnkern.nn.LSTM(I, H, proj_size=2), "proj_size"), (WithResets(), "resets=")]
+    ("model", "named"),
+    [
+        (rnnkern.nn.LSTM(I, H, proj_size=2), "proj_size"),
+        (WithResets(), "resets="),
+        (WithResets(learn_initial_state=True), "resets="),
+    ],
 )
 def test_what_onnx_cannot_express_is_named(model: nn.Module, named: str) -> None:
     with pytest.raises(torch.onnx.OnnxExporterError) as caught:

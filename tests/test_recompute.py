@@ -131,7 +131,9 @@ def test_compiled() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("every", "exception"), [(0, ValueError), (-1, ValueError), (2.0, TypeError)])
+@pytest.mark.parametrize(
+    ("every", "exception"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (True, TypeError)]
+)
 def test_bad_numbers_of_steps(every: Any, exception: type[Exception]) -> None:
     with pytest.raises(exception, match="checkpoint_every must be"):
         rnnkern.nn.GRU(I, H, checkpoint_every=every)

@@ -8,6 +8,7 @@ class Episodes:
     """The episodes of a batch of T steps and B rows; E of them, in N steps.
 
     Running the episodes as rows is what resets mean, for any initial state of each. An empty row is an empty episode.
+    Exporters and tracers may follow, for any T, B and E: `len`, and assigning tensors to indices, would fix sizes.
 
     Attributes:
         lengths: steps of each episode, longest first.  # int64 [E] on the CPU
@@ -29,24 +30,21 @@ class Episodes:
         begins[:, :1] = True
         row, begin = begins.nonzero().unbind(1)  # of each episode, row after row
         episode = begins.flatten().cumsum(0).view(B, T) - 1  # of each step
-        self.lengths, order = episode[alive].bincount(minlength=len(row)).sort(descending=True, stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order))
+        self.lengths, order = episode[alive].bincount(minlength=row.shape[0]).sort(descending=True, stable=True)
+        rank = torch.empty_like(order).index_copy(0, order, torch.arange(order.shape[0]))
         # Packed: the first steps of all episodes, then their second ones, and so on.
         b, t = alive.nonzero().unbind(1)
         of_step = episode[alive]
         since = t - begin[of_step]  # the start of the episode
         count = since.bincount(minlength=1)
         position = (count.cumsum(0) - count)[since] + rank[of_step]
-        steps = torch.empty_like(position)
-        steps[position] = t * B + b
+        steps = torch.empty_like(position).index_copy(0, position, t * B + b)
         self._steps = steps.to(device)  # where each packed step lies among T * B
         first, last = episode[:, 0], episode[:, -1]
         # The forward direction meets the given state in the first episode, unless a reset replaces it; the reverse one
         # in the last.
-        meets = torch.zeros(2, len(row), dtype=torch.bool)
-        meets[0, first] = ~replaced[:, 0]
-        meets[1, last] = True
+        none = torch.zeros(row.shape[0], dtype=torch.bool)
+        meets = torch.stack([none.index_copy(0, first, ~replaced[:, 0]), none.index_fill(0, last, 1)])
         self._row, self._meets = row[order].to(device), meets[:D, order].to(device)  # [E], [D, E]
         self._final = torch.stack([rank[last], rank[first]][:D]).to(device)  # [D, B]
 

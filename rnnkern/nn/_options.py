@@ -2,19 +2,31 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from numbers import Real
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from rnnkern.nn._episodes import Episodes
+from rnnkern.ops import onnx
 from rnnkern.ops.clip import clip_sequences
 from rnnkern.ops.recompute import segmented
 from rnnkern.ops.recurrence import Outputs
 
-INITIAL_STATE = ("h_0", "c_0")  # the parameters that learn_initial_state adds
 OF_BACKWARD = ("grad_clip", "grad_clip_norm", "checkpoint_every")  # what changes nothing without gradients
-OPTIONS = ("learn_initial_state", *OF_BACKWARD)
+
+
+class Keywords(TypedDict, total=False):
+    """What the constructors take besides torch's arguments."""
+
+    learn_initial_state: bool
+    grad_clip: float | None
+    grad_clip_norm: float | None
+    checkpoint_every: int | None
+
+
+OPTIONS = tuple(Keywords.__annotations__)
 
 
 class Options(torch.nn.RNNBase):
@@ -36,11 +48,13 @@ class Options(torch.nn.RNNBase):
         """Checks the options, and adds the parameters."""
         for name, limit in (("grad_clip", grad_clip), ("grad_clip_norm", grad_clip_norm)):
             if limit is not None:
+                if not isinstance(limit, Real) or isinstance(limit, bool):
+                    raise TypeError(f"{name} must be a number, got {type(limit).__name__}")
                 if not limit > 0:
                     raise ValueError(f"{name} must be greater than zero, got {limit}")
                 setattr(self, name, float(limit))
         if checkpoint_every is not None:
-            if not isinstance(checkpoint_every, int):
+            if not isinstance(checkpoint_every, int) or isinstance(checkpoint_every, bool):
                 raise TypeError(f"checkpoint_every must be an int, got {type(checkpoint_every).__name__}")
             if checkpoint_every < 1:
                 raise ValueError(f"checkpoint_every must be at least 1 step, got {checkpoint_every}")
@@ -48,20 +62,22 @@ class Options(torch.nn.RNNBase):
         if learn_initial_state:
             self.learn_initial_state = True
             weight = next(self.parameters())
-            rows = self.num_layers * (2 if self.bidirectional else 1)
-            sizes = (self.proj_size or self.hidden_size, self.hidden_size)
-            for name, size in zip(self._initial_names(), sizes):
-                self.register_parameter(name, torch.nn.Parameter(weight.new_zeros(rows, 1, size)))
+            for name, shape in self._initial_shapes().items():
+                self.register_parameter(name, torch.nn.Parameter(weight.new_zeros(shape)))
 
-    def _initial_names(self) -> tuple[str, ...]:
-        """The names of the parameters that are the initial state."""
-        return () if not self.learn_initial_state else INITIAL_STATE if self._two_states else INITIAL_STATE[:1]
+    def _initial_shapes(self) -> dict[str, tuple[int, int, int]]:
+        """The names and shapes of the parameters that are the initial state."""
+        if not self.learn_initial_state:
+            return {}
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        shapes = {"h_0": (rows, 1, self.proj_size or self.hidden_size)}
+        return shapes | {"c_0": (rows, 1, self.hidden_size)} if self._two_states else shapes
 
     def reset_parameters(self) -> None:
         """Draws the weights anew, as in torch; an initial state to be learned becomes zero."""
         super().reset_parameters()
-        for name in self._initial_names():
-            torch.nn.init.zeros_(getattr(self, name))
+        for state in self._initial_state():
+            torch.nn.init.zeros_(state)
 
     def extra_repr(self) -> str:
         """The arguments of the constructor, as in torch, and of ours those that are given."""
@@ -70,8 +86,22 @@ class Options(torch.nn.RNNBase):
 
     def _learned_state(self, B: int) -> tuple[Tensor, Tensor | None]:
         """h [L*D, B, H or P] and c [L*D, B, H]."""
-        h, *c = (getattr(self, name).expand(-1, B, -1) for name in self._initial_names())
+        h, *c = (state.expand(-1, B, -1) for state in self._initial_state())
         return h, c[0] if c else None
+
+    def _initial_state(self) -> list[Tensor]:
+        """The parameters that are the initial state; raises TypeError or RuntimeError if others took their place."""
+        states = []
+        for name, shape in self._initial_shapes().items():
+            state = getattr(self, name)
+            if not isinstance(state, Tensor):
+                raise TypeError(
+                    f"{name} must be a tensor {list(shape)} with learn_initial_state=True, got {type(state).__name__}"
+                )
+            if state.shape != shape:
+                raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(state.shape)}")
+            states.append(state)
+        return states
 
     def _recurrence_of_options(self, recurrence: Callable[..., Outputs]) -> Callable[..., Outputs]:
         """The function that runs a layer: `recurrence`, with what the options ask of its backward."""
@@ -105,12 +135,15 @@ class Options(torch.nn.RNNBase):
         h_0, c_0 = self._learned_state(1)
         h_0 = h_0.to(h.dtype)  # autocast's
         D = 2 if self.bidirectional else 1
-        if x.shape[0] == 1:  # what resets decide is where this step starts
+        # What resets decide of one step is where it starts; but torch.jit.trace makes a program for all T.
+        if x.shape[0] == 1 and torch._C._get_tracing_state() is None:
             begins = resets[0] if lengths is None else resets[0] & (lengths > 0).to(resets.device)
             chosen = torch.stack([begins, torch.zeros_like(begins)][:D]).repeat(self.num_layers, 1).unsqueeze(-1)
             h = torch.where(chosen, h_0, h)
             c = None if c is None or c_0 is None else torch.where(chosen, c_0, c)
             return layers(x, h, c, first, lengths, None, return_states)
+        if onnx.exporting():  # it would refuse the packed rows, which nobody gave: let it refuse the resets
+            return layers(x, h, c, first, lengths, resets, return_states)
         cut = Episodes(resets, lengths, D)
         h = cut.initial(h, h_0)
         c = None if c is None or c_0 is None else cut.initial(c, c_0)

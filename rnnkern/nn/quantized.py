@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from rnnkern.cells import CELLS
-from rnnkern.nn._options import INITIAL_STATE, OF_BACKWARD
+from rnnkern.nn._options import OF_BACKWARD
 from rnnkern.nn._recurrent import _NO_PROJECTION, _Recurrent
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
 from rnnkern.ops.int8 import Int8PackCache, quantize_rows, recurrence_int8
@@ -81,9 +81,9 @@ class _Quantized(_Recurrent):
         if not isinstance(module, getattr(torch.nn, kind) | cls._float) or isinstance(module, _Quantized):
             raise TypeError(f"{cls.__name__}.from_float takes a float {kind}, got {type(module).__name__}")
         names = [name for names in module._all_weights for name in names]
-        learned = getattr(module, "learn_initial_state", False)
-        if learned:
-            names += [name for name in INITIAL_STATE if hasattr(module, name)]
+        learned = isinstance(module, _Recurrent) and module.learn_initial_state
+        if isinstance(module, _Recurrent):
+            names += module._initial_shapes()
         parameters: dict[str, Tensor] = {name: getattr(module, name) for name in names}
         for name, parameter in parameters.items():
             if name not in module._parameters:  # weight_norm's hook would have set it before the call

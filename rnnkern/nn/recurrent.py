@@ -28,8 +28,7 @@ _KEYWORDS = """
     The constructor takes these keywords besides torch's; they change nothing where they are not given:
 
     - `learn_initial_state=True`: parameters `h_0` [L*D, 1, H] (LSTM also `c_0`), zero at first, are the state of every
-      row where hx is None, and where an episode starts at a reset. hx, if given, enters as it would otherwise. With
-      resets, T > 1, `torch.export` cannot take it: their number decides sizes.
+      row where hx is None, and where an episode starts at a reset. hx, if given, enters as it would otherwise.
     - `grad_clip=c`: in backward every element of the gradient of the gates before their activations is limited to
       [-c, c] at every step, before it goes on to x_t, h_t-1 and the weights:
       dL/dgx_t <- max(-c, min(c, dL/dgx_t)) for gx_t = W_ih x_t + b_ih, and so for gh_t = W_hh h_t-1 + b_hh. Past the
