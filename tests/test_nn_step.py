@@ -241,6 +241,21 @@ def test_what_has_no_step() -> None:
         make("GRU").step(packed)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_a_state_of_another_rank_is_refused(kind: str, training: bool) -> None:
+    module, one = make(kind).train(training), "hx" if kind == "GRU" else "hx and cx"
+    for shape, expected, wrong in (
+        ((B, I), r"batched 2-D input, {} should be 3-D \[L, B, H\]", (B, H)),
+        ((I,), r"unbatched 1-D input, {} should be 2-D \[L, H\]", (1, 1, H)),
+    ):
+        for _ in range(3):
+            module.step(torch.randn(shape))
+            state = torch.zeros(wrong)
+            with pytest.raises(RuntimeError, match="For " + expected.format(one)):
+                module.step(torch.randn(shape), state if kind == "GRU" else (state, state))
+
+
 def test_projections_and_dropout_take_the_ordinary_route() -> None:
     module = rnnkern.nn.LSTM(I, H, 2, proj_size=5).eval()
     x = torch.randn(T, B, I)

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 
-def states_of(hx: Any, rank: int, two_states: bool) -> tuple[Tensor, Tensor | None]:
-    """h and c, None if the cell has none, for an input of this rank; raises torch's exception where hx does not fit."""
+def states_of(hx: Any, rank: int, two_states: bool, step: bool = False) -> tuple[Tensor, Tensor | None]:
+    """h and c, None if the cell has none, of this rank; raises torch's exception where hx does not fit.
+
+    It is the rank of the input, too, but that of a `step` has no dimension of time.
+    """
     h: Any
     c: Any
     if not two_states:
@@ -21,16 +24,17 @@ def states_of(hx: Any, rank: int, two_states: bool) -> tuple[Tensor, Tensor | No
     except AttributeError:
         raise AttributeError(not_tensors(h, c, two_states)) from None
     if not fits:
-        _refuse_rank(h, c, rank)
+        _refuse_rank(h, c, rank, step)
     return h, c
 
 
-def _refuse_rank(h: Tensor, c: Tensor | None, rank: int) -> None:
-    """Raises RuntimeError for a state of another rank than the input."""
-    kind = f"For {'batched' if rank == 3 else 'unbatched'} {rank}-D input,"
+def _refuse_rank(h: Tensor, c: Tensor | None, rank: int, step: bool) -> None:
+    """Raises RuntimeError for states of another rank."""
+    kind = f"For {'batched' if rank == 3 else 'unbatched'} {rank - step}-D input,"
+    be = f"be {rank}-D [{'L, B, H' if rank == 3 else 'L, H'}]" if step else f"also be {rank}-D"
     if c is None:
-        raise RuntimeError(f"{kind} hx should also be {rank}-D but got {h.dim()}-D tensor")
-    raise RuntimeError(f"{kind} hx and cx should also be {rank}-D but got ({h.dim()}-D, {c.dim()}-D) tensors")
+        raise RuntimeError(f"{kind} hx should {be} but got {h.dim()}-D tensor")
+    raise RuntimeError(f"{kind} hx and cx should {be} but got ({h.dim()}-D, {c.dim()}-D) tensors")
 
 
 def first_two(hx: Any) -> tuple[Tensor, Any]:

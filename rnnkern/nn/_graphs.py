@@ -9,8 +9,8 @@ from torch.fx import Proxy
 class Leaf(torch.nn.Module):
     """A module that stays one node in a graph of `torch.fx.symbolic_trace`, as those of torch.nn do."""
 
-    def _traced(self, input: Proxy, *args: Any, **kwargs: Any) -> Any:
-        """The node of this call; its first argument comes from a symbolic trace."""
+    def _traced(self, input: Proxy, *args: Any, method: str | None = None, **kwargs: Any) -> Any:
+        """The node of this call, or of this call of a method; its first argument comes from a symbolic trace."""
         tracer = input.tracer
         assert isinstance(tracer, torch.fx.Tracer)
         path = tracer.path_of_module(self)
@@ -18,7 +18,10 @@ class Leaf(torch.nn.Module):
             raise torch.fx.proxy.TraceError(
                 f"torch.fx cannot trace into {type(self).__name__}: trace a module that contains it, where it is a leaf"
             )
-        return tracer.create_proxy("call_module", path, (input, *args), kwargs)
+        if method is None:
+            return tracer.create_proxy("call_module", path, (input, *args), kwargs)
+        module = tracer.create_proxy("get_attr", path, (), {})
+        return tracer.create_proxy("call_method", method, (module, input, *args), kwargs)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses `torch.jit.script`, which asks here, and names what works instead."""

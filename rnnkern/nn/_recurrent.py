@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Self
 
@@ -152,11 +153,15 @@ class _Recurrent(Options, Leaf):
                     return result
         if self.bidirectional:
             raise ValueError(f"{type(self).__name__}.step: the reverse direction needs the whole sequence")
+        if isinstance(input, Proxy):
+            return self._traced(input, hx, method="step", out=out, inplace=inplace)
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         rank = input.dim()
         if rank != 1 and rank != 2:
             raise ValueError(f"{type(self).__name__}.step: Expected input to be 1D or 2D, got {rank}D instead")
+        if hx is not None:
+            states_of(hx, rank + 1, self._two_states, step=True)
         time = 1 if self.batch_first and rank == 2 else 0
         y, state = self.forward(input.unsqueeze(time), hx)
         y = y.squeeze(time)

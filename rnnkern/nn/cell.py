@@ -119,6 +119,8 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
         result = self._short(input, hx, inplace)
         if result is not None:
             return result
+        if isinstance(input, Proxy):
+            return self._traced(input, hx, method="step", inplace=inplace)
         result = self.forward(input, hx)
         write_step(self.named_parameters, input, hx, result, inplace)
         return hx if inplace else result
