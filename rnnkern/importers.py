@@ -46,7 +46,8 @@ def from_keras(layer_or_weights: Any, *, nonlinearity: str = "tanh", reset_after
             of its weights, as `get_weights()` and `.weights` give it: kernel, recurrent kernel, and bias if there is
             one, of the backward layer too. Weights alone tell the kind of layer by their shapes.
         nonlinearity: "tanh" or "relu", of the weights of a SimpleRNN; a layer tells.
-        reset_after: of the weights of a GRU without biases, which do not tell: True by default, as in Keras.
+        reset_after: of the weights of a GRU without bias, which do not tell: True by default, as in Keras. A layer and
+            a bias tell.
 
     Returns:
         `rnnkern.nn.RNN`, `LSTM` or `GRU` (with `reset_after=False` where the layer has it), batch_first, in the dtype
@@ -55,7 +56,7 @@ def from_keras(layer_or_weights: Any, *, nonlinearity: str = "tanh", reset_after
     Raises:
         TypeError: it is neither a recurrent layer nor a list of arrays.
         ValueError: the layer is not built, has activations other than torch's or goes backwards; the shapes of
-            the weights do not fit each other.
+            the weights do not fit each other; reset_after is not what the layer or its bias says.
 
     Example:
         >>> import numpy as np, torch, rnnkern
@@ -66,7 +67,7 @@ def from_keras(layer_or_weights: Any, *, nonlinearity: str = "tanh", reset_after
     """
     layer = layer_or_weights
     weights, bidirectional = layer, False
-    if not isinstance(layer, Sequence):
+    if not isinstance(layer, list | tuple):
         if not hasattr(layer, "get_weights"):
             raise TypeError(f"layer_or_weights must be a layer or a list of arrays, got {type(layer).__name__}")
         bidirectional = hasattr(layer, "forward_layer")
@@ -81,15 +82,17 @@ def from_keras(layer_or_weights: Any, *, nonlinearity: str = "tanh", reset_after
         weights = layer.get_weights()
         if not weights:
             raise ValueError(f"layer_or_weights must be built: {type(layer).__name__} has no weights yet")
-    arrays = [_tensor(array) for array in weights]
+    arrays = [_tensor("layer_or_weights", array) for array in weights]
     bidirectional = bidirectional or len(arrays) in (4, 6)
     D = 2 if bidirectional else 1
     if len(arrays) not in (2 * D, 3 * D):
-        raise ValueError(f"expected a kernel, a recurrent kernel and perhaps a bias, got {len(arrays)} arrays")
+        raise ValueError(f"expected kernel, recurrent_kernel and perhaps bias, got {len(arrays)} arrays")
     count = len(arrays) // D
-    return _build(
-        [_keras_direction(arrays[count * d : count * d + count]) for d in range(D)], nonlinearity, reset_after
-    )
+    directions = [arrays[count * d : count * d + count] for d in range(D)]
+    first, last = ([tuple(array.shape) for array in direction] for direction in (directions[0], directions[-1]))
+    if first != last:
+        raise ValueError(f"the weights of both directions must have the same shapes, got {first} and {last}")
+    return _build([_keras_direction(direction, reset_after) for direction in directions], nonlinearity, reset_after)
 
 
 def _check_keras(
@@ -109,7 +112,11 @@ def _check_keras(
         gate = getattr(layer.recurrent_activation, "__name__", str(layer.recurrent_activation))
         if gate != "sigmoid":
             raise ValueError(f"recurrent_activation of {name} must be sigmoid, got {gate}")
-    return activation, bool(layer.reset_after) if name == "GRU" else reset_after
+    if name != "GRU":
+        return activation, reset_after
+    if reset_after not in (None, layer.reset_after) and not backwards:
+        raise ValueError(f"reset_after must be that of the layer, {layer.reset_after}, got {reset_after}")
+    return activation, bool(layer.reset_after)
 
 
 def from_flax(params: Mapping[str, Any], *, nonlinearity: str = "tanh") -> Layer:
@@ -128,7 +135,7 @@ def from_flax(params: Mapping[str, Any], *, nonlinearity: str = "tanh") -> Layer
 
     Raises:
         TypeError: params is not a mapping.
-        ValueError: its entries are not those of one of these cells; their shapes do not fit each other.
+        ValueError: its entries are not those of one of these cells; the shape of one does not fit the others.
 
     Example:
         >>> import numpy as np, torch, rnnkern
@@ -146,10 +153,16 @@ def from_flax(params: Mapping[str, Any], *, nonlinearity: str = "tanh") -> Layer
             break
     else:
         raise ValueError(f"params must be those of an LSTM, GRU or simple cell, got entries {sorted(params)}")
+    entry_of = {name: _flax_entry(name, params[name]) for part in names for name in part}
+    H, I = (entry_of[part[0]]["kernel"].shape[0] for part in (names[1], names[0]))
+    for name, entry in entry_of.items():
+        for key, shape in (("kernel", (I if name[0] == "i" else H, H)), ("bias", (H,))):
+            if key in entry and entry[key].shape != shape:
+                raise ValueError(f"{name}/{key} must have shape {list(shape)}, got {list(entry[key].shape)}")
     kernels: list[Tensor] = []
     biases: list[Tensor | None] = []
     for part in names:
-        entries = [{key: _tensor(array) for key, array in params[name].items()} for name in part]
+        entries = [entry_of[name] for name in part]
         kernels.append(torch.cat([entry["kernel"].T for entry in entries]))
         if any("bias" in entry for entry in entries):
             zeros = [entry["kernel"].new_zeros(entry["kernel"].shape[1]) for entry in entries]
@@ -162,7 +175,18 @@ def from_flax(params: Mapping[str, Any], *, nonlinearity: str = "tanh") -> Layer
 _Direction = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight_ih, weight_hh, bias_ih, bias_hh, as torch's
 
 
-def _tensor(array: Any) -> Tensor:
+def _flax_entry(name: str, entry: Any) -> dict[str, Tensor]:
+    """The kernel [I, H] or [H, H] of a gate, and its bias [H] if there is one."""
+    if not isinstance(entry, Mapping) or not {"kernel"} <= set(entry) <= {"kernel", "bias"}:
+        held = sorted(entry) if isinstance(entry, Mapping) else type(entry).__name__
+        raise ValueError(f"{name} must hold kernel and perhaps bias, got {held}")
+    tensors = {key: _tensor(f"{name}/{key}", array) for key, array in entry.items()}
+    if tensors["kernel"].dim() != 2:
+        raise ValueError(f"{name}/kernel must have two dimensions, got shape {list(tensors['kernel'].shape)}")
+    return tensors
+
+
+def _tensor(name: str, array: Any) -> Tensor:
     """A copy of an array of any library, in its dtype if NumPy has that, else (bfloat16) in float32."""
     if hasattr(array, "numpy") and not isinstance(array, Tensor):
         array = array.numpy()  # a variable of Keras
@@ -170,17 +194,29 @@ def _tensor(array: Any) -> Tensor:
         return array.detach().cpu().clone()
     values = np.asarray(array)
     if values.dtype not in (np.float16, np.float32, np.float64):
-        values = values.astype(np.float32)
+        try:
+            values = values.astype(np.float32)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must hold arrays of numbers, got {type(array).__name__}") from None
     return torch.from_numpy(np.array(values))
 
 
-def _keras_direction(arrays: Sequence[Tensor]) -> _Direction:
+def _keras_direction(arrays: Sequence[Tensor], reset_after: bool | None) -> _Direction:
+    """The weights of a direction as torch has them; raises ValueError unless their shapes fit."""
     kernel, recurrent, *biases = arrays
-    shapes = [tuple(array.shape) for array in arrays]
     H = recurrent.shape[0] if recurrent.dim() == 2 else 0
-    kind = _KINDS.get(recurrent.shape[1] // H) if H else None
-    if kind is None or kernel.dim() != 2 or (biases and biases[0].shape[-1:] != kernel.shape[1:]):
-        raise ValueError(f"expected arrays [I, G*H], [H, G*H] and perhaps a bias, got {shapes}")
+    kind = _KINDS.get(recurrent.shape[1] // H) if H and recurrent.shape[1] % H == 0 else None
+    rows = recurrent.shape[-1:]  # G*H
+    allowed = (rows, (2, *rows)) if kind == "GRU" else (rows,)
+    if kind is None or kernel.dim() != 2 or kernel.shape[1:] != rows or (biases and biases[0].shape not in allowed):
+        given = ", ".join(f"{name} {list(a.shape)}" for name, a in zip(("kernel", "recurrent_kernel", "bias"), arrays))
+        raise ValueError(
+            "expected kernel [I, G*H], recurrent_kernel [H, G*H] and perhaps bias, [G*H] or, of a GRU with "
+            f"reset_after=True, [2, G*H], where G is 1, 3 or 4, got {given}"
+        )
+    if kind == "GRU" and biases and reset_after not in (None, biases[0].dim() == 2):
+        shape = list(biases[0].shape)
+        raise ValueError(f"reset_after must be {not reset_after} for a bias of shape {shape}, got {reset_after}")
 
     def reordered(rows: Tensor) -> Tensor:  # [G*H, ...]
         parts = rows.chunk(len(_KERAS_GATES[kind]))
@@ -200,9 +236,7 @@ def _build(directions: Sequence[_Direction], nonlinearity: str, reset_after: boo
     """The layer of these weights; `reset_after` None: what the biases tell."""
     w_ih, w_hh, b_ih, b_hh = directions[0]
     H, I = w_hh.shape[1], w_ih.shape[1]
-    kind = _KINDS.get(w_hh.shape[0] // H if H else 0)
-    if kind is None:
-        raise ValueError(f"the recurrent weights must be square for each gate, got shape {tuple(w_hh.shape)}")
+    kind = _KINDS[w_hh.shape[0] // H]
     options: dict[str, Any] = {"nonlinearity": nonlinearity} if kind == "RNN" else {}
     if kind == "GRU":
         options["reset_after"] = (b_ih is None or b_hh is not None) if reset_after is None else reset_after
@@ -218,9 +252,5 @@ def _build(directions: Sequence[_Direction], nonlinearity: str, reset_after: boo
         for direction, suffix in zip(directions, ("", "_reverse"))
         for name, value in zip(names[: 4 if bias else 2], direction)
     }
-    expected = {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
-    given = {name: tuple(value.shape) for name, value in state.items()}
-    if given != expected:
-        raise ValueError(f"the weights must have shapes {expected}, got {given}")
     layer.load_state_dict(state)
     return layer

@@ -158,11 +158,21 @@ def test_the_imported_layer_is_a_copy() -> None:
     ("given", "error", "message"),
     [
         (3, TypeError, "must be a layer or a list of arrays, got int"),
-        ([random(I, H)], ValueError, "expected a kernel, a recurrent kernel and perhaps a bias, got 1 arrays"),
-        ([random(I, 2 * H), random(H, 2 * H)], ValueError, r"expected arrays \[I, G\*H\], \[H, G\*H\]"),
-        ([random(I, 4 * H), random(H, 3 * H)], ValueError, "must have shapes"),
-        ([random(I, 4 * H), random(H, 4 * H), random(3 * H)], ValueError, r"\[H, G\*H\] and perhaps a bias, got \[\(4"),
-        ([random(I), random(H)], ValueError, "expected arrays"),
+        ("lstm", TypeError, "must be a layer or a list of arrays, got str"),
+        (["kernel", "bias"], TypeError, "layer_or_weights must hold arrays of numbers, got str"),
+        ([random(I, H)], ValueError, "expected kernel, recurrent_kernel and perhaps bias, got 1 arrays"),
+        ([random(I, 2 * H), random(H, 2 * H)], ValueError, r"got kernel \[4, 12\], recurrent_kernel \[6, 12\]"),
+        ([random(I, 4 * H), random(H, 3 * H)], ValueError, r"got kernel \[4, 24\], recurrent_kernel \[6, 18\]"),
+        ([random(I, 4 * H + 1), random(H, 4 * H + 1)], ValueError, "G is 1, 3 or 4, got kernel"),
+        ([random(I, 4 * H), random(H, 4 * H), random(3 * H)], ValueError, r"recurrent_kernel \[6, 24\], bias \[18\]"),
+        ([random(I, 4 * H), random(H, 4 * H), random(2, 4 * H)], ValueError, r"bias \[2, 24\]"),
+        ([random(I, 3 * H), random(H, 3 * H), random(3, 3 * H)], ValueError, r"bias \[3, 18\]"),
+        ([random(I), random(H)], ValueError, r"got kernel \[4\], recurrent_kernel \[6\]"),
+        (
+            [random(I, H), random(H, H), random(I + 1, H), random(H, H)],
+            ValueError,
+            r"same shapes, got \[\(4, 6\), \(6, 6\)\] and \[\(5, 6\), \(6, 6\)\]",
+        ),
     ],
 )
 def test_keras_weights_that_do_not_fit(given: Any, error: type[Exception], message: str) -> None:
@@ -170,20 +180,31 @@ def test_keras_weights_that_do_not_fit(given: Any, error: type[Exception], messa
         from_keras(given)
 
 
+def keras_layer(kind: str, activation: str = "tanh", reset_after: bool = True, backwards: bool = False) -> Any:
+    """Without Keras: an object that says of itself what a layer says."""
+    named = {name: SimpleNamespace(__name__=name) for name in (activation, "sigmoid")}
+    facts = {"cell": None, "go_backwards": backwards, "activation": named[activation], "get_weights": list}
+    return type(kind, (), facts | {"recurrent_activation": named["sigmoid"], "reset_after": reset_after})()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_reset_after_that_contradicts(tells: bool) -> None:
+    bias = (2, 3 * H) if tells else (3 * H,)
+    message = rf"reset_after must be {tells} for a bias of shape .*18\], got {not tells}"
+    with pytest.raises(ValueError, match=message):
+        from_keras(keras_weights(3, bias), reset_after=not tells)
+    assert from_keras(keras_weights(3, bias), reset_after=tells).reset_after is tells
+    with pytest.raises(ValueError, match=f"reset_after must be that of the layer, {tells}, got {not tells}"):
+        from_keras(keras_layer("GRU", reset_after=tells), reset_after=not tells)
+
+
 @pytest.mark.parametrize("differs", [{"activation": "relu"}, {"reset_after": False}], ids=str)
 def test_directions_of_keras_that_differ(differs: dict[str, Any]) -> None:
-    """Without Keras: an object that says of itself what its Bidirectional says."""
-
-    def layer(kind: str, activation: str = "tanh", reset_after: bool = True, backwards: bool = False) -> Any:
-        named = {name: SimpleNamespace(__name__=name) for name in (activation, "sigmoid")}
-        facts = {"cell": None, "go_backwards": backwards, "activation": named[activation]}
-        return type(kind, (), facts | {"recurrent_activation": named["sigmoid"], "reset_after": reset_after})()
-
     kind = "SimpleRNN" if "activation" in differs else "GRU"
     both = SimpleNamespace(
         merge_mode="concat",
-        forward_layer=layer(kind),
-        backward_layer=layer(kind, backwards=True, **differs),
+        forward_layer=keras_layer(kind),
+        backward_layer=keras_layer(kind, backwards=True, **differs),
         get_weights=list,
     )
     with pytest.raises(ValueError, match="both layers of Bidirectional must be of one kind"):
@@ -195,10 +216,22 @@ def test_flax_params_that_do_not_fit() -> None:
         from_flax([1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"an LSTM, GRU or simple cell, got entries \['hf', 'hn', 'if', 'in'\]"):
         from_flax({"if": {}, "in": {}, "hf": {}, "hn": {}})
-    params = flax_params("")
-    params["h"]["kernel"] = random(H, H + 1)
-    with pytest.raises(ValueError, match="must have shapes"):
-        from_flax(params)
+    for name, entry, error, message in (
+        ("hg", {"kernel": random(H, H + 1)}, ValueError, r"hg/kernel must have shape \[6, 6\], got \[6, 7\]"),
+        ("ig", {"kernel": random(I + 1, H)}, ValueError, r"ig/kernel must have shape \[4, 6\], got \[5, 6\]"),
+        ("hg", {"kernel": random(H)}, ValueError, r"hg/kernel must have two dimensions, got shape \[6\]"),
+        (
+            "hg",
+            {"kernel": random(H, H), "bias": random(1, H)},
+            ValueError,
+            r"hg/bias must have shape \[6\], got \[1, 6",
+        ),
+        ("hg", {"bias": random(H)}, ValueError, r"hg must hold kernel and perhaps bias, got \['bias'\]"),
+        ("hg", random(H, H), ValueError, "hg must hold kernel and perhaps bias, got ndarray"),
+        ("hg", {"kernel": "ones"}, TypeError, "hg/kernel must hold arrays of numbers, got str"),
+    ):
+        with pytest.raises(error, match=message):
+            from_flax(flax_params("ifgo") | {name: entry})
 
 
 # Against the libraries themselves.
