@@ -217,6 +217,7 @@ def test_subclasses() -> None:
 def test_what_cannot_be_quantized() -> None:
     refused = {
         r"0: QuantizedLSTM has no proj_size, got 3": rnnkern.nn.LSTM(I, H, proj_size=3),
+        r"0: QuantizedGRU has no reset_after=False": rnnkern.nn.GRU(I, H, reset_after=False),
         r"0: weight_ih_l0 must be torch.float32 to be rounded to int8, got torch.float64": rnnkern.nn.GRU(
             I, H
         ).double(),

@@ -29,8 +29,8 @@ _ABOUT = """
     `to(dtype)` change no dtype, as with torch's dynamically quantized layers.
 
     Raises:
-        ValueError: what the float layer raises; `proj_size` or a dtype other than float32 is asked for; the input
-            is not float32.
+        ValueError: what the float layer raises; `proj_size`, `reset_after=False` or a dtype other than float32 is asked
+            for; the input is not float32.
         RuntimeError: what the float layer raises; a gradient is wanted.
 """
 
@@ -75,7 +75,7 @@ class _Quantized(_Recurrent):
 
         Raises:
             TypeError: the layer is of another kind.
-            ValueError: it has `proj_size`, or parameters that are not float32, infinite or NaN.
+            ValueError: it has `proj_size` or `reset_after=False`, or parameters that are not float32, infinite or NaN.
         """
         kind = cls._float.__name__
         if not isinstance(module, getattr(torch.nn, kind) | cls._float) or isinstance(module, _Quantized):
@@ -256,8 +256,8 @@ def quantize_dynamic(model: torch.nn.Module, inplace: bool = False) -> torch.nn.
 
     Raises:
         TypeError: the model is not a module.
-        ValueError: there is nothing to replace; a layer has `proj_size`, a weight that is computed of others (as by
-            `weight_norm`), or parameters that are not float32 or not finite.
+        ValueError: there is nothing to replace; a layer has `proj_size`, `reset_after=False`, a weight that is computed
+            of others (as by `weight_norm`), or parameters that are not float32 or not finite. The model is unchanged.
 
     Example:
         >>> import torch, rnnkern
