@@ -1,9 +1,11 @@
 """RNN, LSTM and GRU in the place of torch's: the same weights from a seed, outputs, gradients, checkpoints."""
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
+import typing
 import warnings
 from typing import Any
 
@@ -328,7 +330,8 @@ def test_constructor_refuses_what_torch_refuses() -> None:
         for library in (torch.nn, rnnkern.nn):
             with pytest.raises((ValueError, TypeError)) as caught:
                 getattr(library, kind)(*args, **options)
-            errors.append((type(caught.value), str(caught.value)))
+            # Python names the function that misses an argument: ours is the class's own.
+            errors.append((type(caught.value), str(caught.value).replace("RNNBase.__init__", f"{kind}.__init__")))
         assert errors[0] == errors[1], (kind, args, options)
 
 
@@ -342,14 +345,40 @@ def test_dropout_of_a_single_layer_warns_as_torch_does() -> None:
     assert messages[0] == messages[1] != []
 
 
-def test_positional_arguments_are_torchs() -> None:
-    assert repr(rnnkern.nn.RNN(I, H, 2, "relu", False, True, 0.1, True)) == repr(
-        torch.nn.RNN(I, H, 2, "relu", False, True, 0.1, True)
-    )
-    assert rnnkern.nn.RNN(I, H, 2, "relu").nonlinearity == "relu"
-    assert repr(rnnkern.nn.LSTM(I, H, 2, False, True, 0.1, True, 3)) == repr(
-        torch.nn.LSTM(I, H, 2, False, True, 0.1, True, 3)
-    )
+@pytest.mark.skipif(not hasattr(typing, "get_overloads"), reason="Python 3.11 tells what torch's stubs document")
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_signature(kind: str) -> None:
+    """torch documents names, order and defaults in overloads; its own signature is `*args, **kwargs`."""
+    ours, peer = getattr(rnnkern.nn, kind), getattr(torch.nn, kind)
+    documented = inspect.signature([*typing.get_overloads(peer.__init__), peer.__init__][0])
+    parameters = list(inspect.signature(ours.__init__).parameters.values())
+    positional = [p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+    assert [(p.name, p.default) for p in positional] == [(p.name, p.default) for p in documented.parameters.values()]
+
+    class Subclass(ours):
+        pass
+
+    assert inspect.signature(Subclass) == inspect.signature(ours)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU"])
+def test_positional_arguments(kind: str) -> None:
+    arguments = [
+        I,
+        H,
+        2,
+        *(["relu"] if kind == "RNN" else []),
+        False,
+        True,
+        0.25,
+        True,
+        *([3] if kind == "LSTM" else []),
+    ]
+    ours, peer = (getattr(library, kind)(*arguments) for library in (rnnkern.nn, torch.nn))
+    assert repr(ours) == repr(peer)
+    assert ours.mode == peer.mode
+    more = getattr(rnnkern.nn, kind)(*arguments, "meta", torch.float64)
+    assert {(p.device.type, p.dtype) for p in more.parameters()} == {("meta", torch.float64)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

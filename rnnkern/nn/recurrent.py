@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Unpack
 
 from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
+from rnnkern.nn._options import Keywords
 from rnnkern.nn._recurrent import _Recurrent
 
 _KEYWORDS = """
@@ -52,6 +54,11 @@ _KEYWORDS = """
         ValueError: the rank or dtype of the input is wrong, as in torch; a limit is not greater than zero.
         RuntimeError: a size, device, length or reset does not fit, as in torch.
 """
+
+
+def _refuse_projection(options: Keywords) -> None:
+    if "proj_size" in options:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
 
 
 class _OneState(_Recurrent):
@@ -99,17 +106,26 @@ class RNN(_OneState):  # noqa: D101, it has one
 
     nonlinearity: str
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if len(args) > 3:
-            self.nonlinearity = args[3]
-            args = args[:3] + args[4:]
-        else:
-            self.nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{self.nonlinearity}'. Select from 'tanh' or 'relu'.")
-        super().__init__(f"RNN_{self.nonlinearity.upper()}", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Unpack[Keywords],
+    ) -> None:
+        _refuse_projection(options)
+        self.nonlinearity = nonlinearity
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        mode, shape = f"RNN_{nonlinearity.upper()}", (input_size, hidden_size, num_layers)
+        super().__init__(mode, *shape, bias, batch_first, dropout, bidirectional, 0, device, dtype, **options)
 
 
 class LSTM(_Recurrent):  # noqa: D101, it has one
@@ -130,8 +146,22 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
         (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]), torch.Size([5, 2, 3, 20]))
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Unpack[Keywords],
+    ) -> None:
+        shape = input_size, hidden_size, num_layers
+        super().__init__("LSTM", *shape, bias, batch_first, dropout, bidirectional, proj_size, device, dtype, **options)
 
     # The base class checks a single state; these are torch.nn.LSTM's own.
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
@@ -182,10 +212,24 @@ class GRU(_OneState):  # noqa: D101, it has one
         (torch.Size([3, 5, 20]), torch.Size([1, 3, 20]))
     """
 
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, **kwargs)
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        reset_after: bool = True,
+        **options: Unpack[Keywords],
+    ) -> None:
+        _refuse_projection(options)
+        shape = input_size, hidden_size, num_layers
+        super().__init__("GRU", *shape, bias, batch_first, dropout, bidirectional, 0, device, dtype, **options)
         if not reset_after:
             self.mode = GRU_RESET_BEFORE.name.upper()
 
