@@ -116,7 +116,8 @@ class _Recurrent(Options, Leaf):
 
         where s is the state of all layers and y_t the h of the last one. Equal, to the last bit, to calling the module
         on the sequence of this one step; and the steps of a sequence, one by one, equal the call on the whole (of an
-        LSTM in bfloat16 or float16 all but the rounding of c, which is kept in float32 within a call).
+        LSTM in bfloat16 or float16 all but the rounding of c, which is kept in float32 within a call). On the eager
+        reference (`reset_after=False`, `proj_size`) a step may differ from the whole by a unit in the last place.
 
         In eval mode, without gradients, on the CPU, the weights are packed once and a step costs little more than its
         arithmetic. With `inplace=True` and `out` it allocates nothing.
@@ -125,7 +126,8 @@ class _Recurrent(Options, Leaf):
             input: x_t.  # [B, I] or [I]
             hx: the state, as the call takes it: h, or the pair (h, c).  # [L, B, H] or [L, H] each; None: zeros
             out: where to write y_t; a new tensor by default.  # [B, H] or [H]
-            inplace: write the new state into the tensors of `hx`, and return them.
+            inplace: write the new state into the tensors of `hx`, and return them. They must have the dtype of the new
+                state: autocast's under `torch.autocast`, but for the GRU on the CPU, which keeps the given one's.
 
         Returns:
             y_t  # [B, H] or [H]

@@ -98,7 +98,9 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
         Args:
             input: as in the call.  # [B, I] or [I]
             hx: the state as in the call: h, or the pair (h, c).  # [B, H] or [H] each
-            inplace: write the new state into the tensors of `hx`, and return hx.
+            inplace: write the new state into the tensors of `hx`, and return hx. They must have the dtype of the new
+                state: autocast's under `torch.autocast`, but for GRUCell and LSTMCell on the CPU, which keep the given
+                one's.
 
         Returns:
             the new state, in the form of hx  # [B, H] or [H] each; the formula is that of the class

@@ -48,7 +48,8 @@ _KEYWORDS = """
 
     There may be no steps, T = 0: the output is empty then, and the initial state is the final one. Gradients exist in
     eval mode too, twice, and of any order. Nothing depends on the number of threads, and nothing that belongs to a row
-    on the rest of the batch. bfloat16 and float16 compute in float32 and round h after each step.
+    on the rest of the batch, but for the last bit where the eager reference runs (`rnnkern.explain` tells): torch's
+    products differ so. bfloat16 and float16 compute in float32 and round h after each step.
 
     Raises:
         ValueError: the rank or dtype of the input is wrong, as in torch; a limit is not greater than zero.
@@ -200,7 +201,8 @@ class GRU(_OneState):  # noqa: D101, it has one
     `reset_after=False`, by keyword alone, is the unit as first published, where r acts on h before the product:
     n = tanh(W_n x + b_n + U_n (r h) + b_n'); so are `reset_after=False` of Keras and `linear_before_reset=0` of ONNX.
     The parameters have the same names and shapes. It runs on the eager reference, since the kernels multiply before
-    they know r; `rnnkern.explain` says so.
+    they know r; `rnnkern.explain` says so. There a step, or a segment of `checkpoint_every`, may differ from the same
+    steps within a longer call by a unit in the last place.
 {_KEYWORDS}
     Source: Cho et al. 2014, https://arxiv.org/abs/1406.1078, in cuDNN's form.
 

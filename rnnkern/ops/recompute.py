@@ -34,7 +34,8 @@ def segmented(
     With N values kept per step, T N becomes T / k states and k N, at the price of another forward. Outputs are the
     same to the last bit, and so are the gradients of x and of the initial state in float32 and float64; in 16 bits the
     gradient of the state is rounded between segments. Gradients of weights are added segment by segment, in the
-    compute dtype: they differ from `recurrence`'s by the rounding of their sums. Each direction runs by itself.
+    compute dtype: they differ from `recurrence`'s by the rounding of their sums. Each direction runs by itself. On the
+    eager reference, whose products depend on the number of rows, anything may differ by a unit in the last place.
 
     A backward that is to be differentiated again keeps everything; so do tracers, compilers and torch.func, whose own
     means decide what is kept (`torch.utils.checkpoint`).
