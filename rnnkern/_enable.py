@@ -30,8 +30,8 @@ from rnnkern.nn.cell import _NAMES
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
 from rnnkern.ops import _dispatch
 from rnnkern.ops.packs import PackCache
-from rnnkern.ops.recurrence import step
 from rnnkern.ops.short import SHORT
+from rnnkern.ops.step import step
 
 _MODULES: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
     "rnn_tanh": (RNN, {}),

@@ -7,6 +7,7 @@ Low precision (bfloat16, float16): products, gates and the cell state are float3
 after each step, so that y is exactly what the next step reads.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,37 +98,23 @@ def layer(
             return_states=return_states,
         )
         return y[:0], h_n, c_n, c_all[:0]
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # what to round is said here
-        with torch.autocast(device, enabled=False):
-            return layer(
-                spec,
-                x,
-                h0,
-                c0,
-                weights,
-                projection=projection,
-                lengths=lengths,
-                resets=resets,
-                return_states=return_states,
-                grad_clip=grad_clip,
-            )
     steps = torch.arange(x.shape[0], device=x.device)[:, None]  # [T, 1]
     alive = None if lengths is None else steps < lengths.to(x.device)  # [T, B]
     # boundary[t, b]: no state passes between steps t-1 and t. Beyond a row's end there is nothing to separate.
     boundary = resets if resets is None or alive is None else resets & alive
 
     outputs = []
-    for direction in range(h0.shape[0]):
-        c = None if c0 is None else c0[direction]
-        w_ih, w_hh, b_ih, b_hh = weights[4 * direction : 4 * direction + 4]
-        assert w_ih is not None
-        assert w_hh is not None
-        reverse = direction == 1
-        w_hr = projection[direction]
-        outputs.append(
-            _direction(spec, x, h0[direction], c, w_ih, w_hh, b_ih, b_hh, w_hr, alive, boundary, reverse, grad_clip)
-        )
+    with _without_autocast(x.device.type):  # what to round is said here
+        for direction in range(h0.shape[0]):
+            c = None if c0 is None else c0[direction]
+            w_ih, w_hh, b_ih, b_hh = weights[4 * direction : 4 * direction + 4]
+            assert w_ih is not None
+            assert w_hh is not None
+            reverse = direction == 1
+            w_hr = projection[direction]
+            outputs.append(
+                _direction(spec, x, h0[direction], c, w_ih, w_hh, b_ih, b_hh, w_hr, alive, boundary, reverse, grad_clip)
+            )
     ys, hs, cs, all_cs = ([out[i] for out in outputs] for i in range(4))
     two_states = len(spec.states) == 2
     absent = x.new_empty(0, dtype=compute_dtype(x.dtype))
@@ -137,6 +124,13 @@ def layer(
         torch.stack(cs) if two_states else absent,
         torch.cat(all_cs, dim=-1) if two_states and return_states else absent.clone(),
     )
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        context: AbstractContextManager[Any] = torch.autocast(device, enabled=False)
+        return context
+    return nullcontext()
 
 
 def _direction(

@@ -17,7 +17,7 @@ from rnnkern.nn._autocast import cast_weights, result_dtype
 from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
-from rnnkern.ops.recurrence import step
+from rnnkern.ops.step import step
 
 _RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

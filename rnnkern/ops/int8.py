@@ -8,6 +8,7 @@ to 15 bits and a sign with a scale of its own at every step, multiply and add in
 biases and states too, in float32. The eager reference multiplies in float32 and rounds weights alone.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,30 +106,11 @@ def recurrence_int8(
             "layers with int8 weights have no gradient, but one is wanted of their input, state or biases. "
             "Call them under torch.no_grad() or torch.inference_mode(), or train the float module"
         )
-    if onnx.exporting():  # ONNX has no such operator: weights are multiplied out
+    exporting = onnx.exporting()  # ONNX has no such operator: weights are multiplied out
+    if exporting or select(cell, x, h0, False) == "eager":
         check_weights(x, weights, cell, h0, h0, matrices=torch.int8)
-        return onnx.layer(
-            cell,
-            x,
-            h0,
-            c0,
-            dequantized(weights),
-            lengths=lengths,
-            resets=resets,
-            return_states=return_states,
-        )
-    if select(cell, x, h0, False) == "eager":
-        check_weights(x, weights, cell, h0, h0, matrices=torch.int8)
-        return reference.layer(
-            CELLS[cell],
-            x,
-            h0,
-            c0,
-            dequantized(weights),
-            lengths=lengths,
-            resets=resets,
-            return_states=return_states,
-        )
+        run = partial(onnx.layer, cell) if exporting else partial(reference.layer, CELLS[cell])
+        return run(x, h0, c0, dequantized(weights), lengths=lengths, resets=resets, return_states=return_states)
     packed = key = None
     # A pack would be a constant of torch.jit.trace's graph, which is to read the module's weights.
     if packs is not None and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:

@@ -10,6 +10,7 @@ The operators trust their input; `recurrence` checks the weights, `rnnkern.nn` t
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops import onnx
 from rnnkern.ops._dispatch import select
 from rnnkern.ops.packs import PackCache, Weights
-from rnnkern.ops.short import FEW_ROWS, SHORT, watched
+from rnnkern.ops.short import FEW_ROWS, SHORT
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, h_n, c_n, c_all
 
@@ -196,53 +197,6 @@ class _Layer(torch.autograd.Function):
 _apply_layer: Any = _Layer.apply
 
 
-class _CellStep(torch.autograd.Function):
-    """One step of a cell as one node of the graph, past the dispatcher where it is plain: x [B, I], h and c [B, H]."""
-
-    @staticmethod
-    def forward(ctx: Any, cell: str, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> Any:
-        assert _library.extension is not None
-        kept = _library.extension.train_step(cell, x, h, c, *weights)
-        if kept is None:
-            check_weights(x, weights, cell, h, h)
-            with torch._C._AutoDispatchBelowAutograd():
-                _, h_n, c_n, _, saved = _layer(
-                    cell, *_with_time(x, h, c), *weights, None, None, None, None, None, None, False, 0.0
-                )
-            kept = h_n[0], None if c is None else c_n[0], saved
-        ctx.cell = cell
-        ctx.save_for_backward(x, h, c, *weights, kept[2])  # not h': the caller may write over it
-        ctx.set_materialize_grads(False)
-        return kept[0] if c is None else kept[:2]
-
-    @staticmethod
-    def backward(ctx: Any, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad  # cell, x, h, c, 4 weights
-        wanted = needed[1], any(needed[2:4]), any(needed[4:])
-        x, h, c, *weights, kept = ctx.saved_tensors
-        y = h  # the kernels read no y of a single step: anything of its shape serves
-        grads = None
-        if not torch.is_grad_enabled():
-            assert _library.extension is not None
-            dh, dc = (None if d is None else d.contiguous() for d in (dh_n, dc_n))
-            grads = _library.extension.train_step_backward(ctx.cell, dh, dc, x, h, c, *weights, y, kept, *wanted)
-        if grads is None:
-            dh, dc = (None if d is None else d.unsqueeze(0) for d in (dh_n, dc_n))
-            inputs = *_with_time(x, h, c), *weights, None, None, None, None, None, None
-            grads = torch.ops.rnnkern.layer_backward.default(
-                ctx.cell, None, dh, dc, None, *inputs, y.unsqueeze(0), kept, *wanted
-            )
-            grads = *(d[0] if need else None for d, need in zip(grads[:3], needed[1:4])), *grads[3:7]
-        return (None, *(grad if need else None for grad, need in zip(grads, needed[1:])))
-
-
-_apply_cell_step: Any = _CellStep.apply
-
-
-def _with_time(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.unsqueeze(0) for t in tensors)
-
-
 def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
     """Returns lengths as an int64 tensor on the CPU, [B]; raises RuntimeError if one is not within 0..T.
 
@@ -318,34 +272,18 @@ def recurrence(
         RuntimeError: a weight does not fit x in device, dtype or shape.
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
-    if onnx.exporting():
-        check_weights(x, weights, cell, h0 if c0 is None else c0, h0)
-        return onnx.layer(
-            cell,
-            x,
-            h0,
-            c0,
-            weights,
-            projection=projection,
-            lengths=lengths,
-            resets=resets,
-            return_states=return_states,
-        )
-    if select(cell, x, h0, projection[0] is not None) == "eager":
+    exporting = onnx.exporting()
+    if exporting or select(cell, x, h0, projection[0] is not None) == "eager":
         if packs is not None:
             packs.forget()  # this call may be one with gradients
         check_weights(x, weights, cell, h0 if c0 is None else c0, h0)
-        return reference.layer(
-            find_cell(cell),
-            x,
-            h0,
-            c0,
-            weights,
+        run = partial(onnx.layer, cell) if exporting else partial(reference.layer, find_cell(cell), grad_clip=grad_clip)
+        return run(
+            *(x, h0, c0, weights),
             projection=projection,
             lengths=lengths,
             resets=resets,
             return_states=return_states,
-            grad_clip=grad_clip,
         )
     tracing = torch._C._get_tracing_state() is not None
     if tracing:  # torch.jit.trace: the graph must serve with and without gradients
@@ -378,46 +316,3 @@ def recurrence(
             packed = packs.add(layer, key, cell, weights)
     result: Outputs = _layer_inference(cell, x, h0, c0, *weights, lengths, resets, return_states, packed)
     return result
-
-
-def step(
-    cell: str,
-    x: Tensor,  # [B, I]
-    h: Tensor,  # [B, H]
-    c: Tensor | None,  # [B, H] in the compute dtype, for cells of two states
-    weights: Weights,  # of one direction
-    packs: PackCache | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """One step: `recurrence` without a time dimension. Returns the next h, and c if the cell has one.
-
-    A step in training is a single node of the graph; whatever else is wanted takes `recurrence`.
-    """
-    used = weights[:4]
-    if (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any([t is not None and t.requires_grad for t in (x, h, c, *used)])
-        and h.shape[1] > 0
-        and plain_training(cell, x)
-    ):
-        if packs is not None:
-            packs.forget()
-        result = _apply_cell_step(cell, x, h, c, *used)
-        return (result, None) if c is None else result
-    c0 = None if c is None else c.unsqueeze(0)
-    _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c0, weights, packs=packs)
-    return h_n.squeeze_(0), None if c is None else c_n.squeeze_(0)  # not views: these refuse `detach_`
-
-
-def plain_training(cell: str, x: Tensor) -> bool:
-    """Whether the compiled kernels run a step with gradients, and nobody asks which: see `_dispatch.select`."""
-    return (
-        _library.available
-        and x.is_cpu
-        and x.dtype in (torch.float32, torch.float64)
-        and x.shape[0] > 0
-        and cell in CELLS
-        and not watched()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
-    )

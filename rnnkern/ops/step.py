@@ -1,0 +1,102 @@
+"""One step of a cell: in training a single node of the graph, elsewhere the recurrent layer's operator."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern import _library
+from rnnkern.cells import CELLS
+from rnnkern.ops.packs import PackCache, Weights
+from rnnkern.ops.recurrence import check_weights, recurrence
+from rnnkern.ops.short import watched
+
+
+class _CellStep(torch.autograd.Function):
+    """One step of a cell as one node of the graph, past the dispatcher where it is plain: x [B, I], h and c [B, H]."""
+
+    @staticmethod
+    def forward(ctx: Any, cell: str, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None) -> Any:
+        assert _library.extension is not None
+        kept = _library.extension.train_step(cell, x, h, c, *weights)
+        if kept is None:
+            check_weights(x, weights, cell, h, h)
+            with torch._C._AutoDispatchBelowAutograd():
+                _, h_n, c_n, _, saved = torch.ops.rnnkern.layer.default(
+                    cell, *_with_time(x, h, c), *weights, None, None, None, None, None, None, False, 0.0
+                )
+            kept = h_n[0], None if c is None else c_n[0], saved
+        ctx.cell = cell
+        ctx.save_for_backward(x, h, c, *weights, kept[2])  # not h': the caller may write over it
+        ctx.set_materialize_grads(False)
+        return kept[0] if c is None else kept[:2]
+
+    @staticmethod
+    def backward(ctx: Any, dh_n: Tensor | None, dc_n: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad  # cell, x, h, c, 4 weights
+        wanted = needed[1], any(needed[2:4]), any(needed[4:])
+        x, h, c, *weights, kept = ctx.saved_tensors
+        y = h  # the kernels read no y of a single step: anything of its shape serves
+        grads = None
+        if not torch.is_grad_enabled():
+            assert _library.extension is not None
+            dh, dc = (None if d is None else d.contiguous() for d in (dh_n, dc_n))
+            grads = _library.extension.train_step_backward(ctx.cell, dh, dc, x, h, c, *weights, y, kept, *wanted)
+        if grads is None:
+            dh, dc = (None if d is None else d.unsqueeze(0) for d in (dh_n, dc_n))
+            inputs = *_with_time(x, h, c), *weights, None, None, None, None, None, None
+            grads = torch.ops.rnnkern.layer_backward.default(
+                ctx.cell, None, dh, dc, None, *inputs, y.unsqueeze(0), kept, *wanted
+            )
+            grads = *(d[0] if need else None for d, need in zip(grads[:3], needed[1:4])), *grads[3:7]
+        return (None, *(grad if need else None for grad, need in zip(grads, needed[1:])))
+
+
+_apply_cell_step: Any = _CellStep.apply
+
+
+def _with_time(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.unsqueeze(0) for t in tensors)
+
+
+def step(
+    cell: str,
+    x: Tensor,  # [B, I]
+    h: Tensor,  # [B, H]
+    c: Tensor | None,  # [B, H] in the compute dtype, for cells of two states
+    weights: Weights,  # of one direction
+    packs: PackCache | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step: `recurrence` without a time dimension. Returns the next h, and c if the cell has one.
+
+    A step in training is a single node of the graph; whatever else is wanted takes `recurrence`.
+    """
+    used = weights[:4]
+    if (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and any([t is not None and t.requires_grad for t in (x, h, c, *used)])
+        and h.shape[1] > 0
+        and plain_training(cell, x)
+    ):
+        if packs is not None:
+            packs.forget()
+        result = _apply_cell_step(cell, x, h, c, *used)
+        return (result, None) if c is None else result
+    c0 = None if c is None else c.unsqueeze(0)
+    _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c0, weights, packs=packs)
+    return h_n.squeeze_(0), None if c is None else c_n.squeeze_(0)  # not views: these refuse `detach_`
+
+
+def plain_training(cell: str, x: Tensor) -> bool:
+    """Whether the compiled kernels run a step with gradients, and nobody asks which: see `_dispatch.select`."""
+    return (
+        _library.available
+        and x.is_cpu
+        and x.dtype in (torch.float32, torch.float64)
+        and x.shape[0] > 0
+        and cell in CELLS
+        and not watched()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )
