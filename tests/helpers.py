@@ -1,8 +1,9 @@
 """What the tests share: layers with random contents, ways to run them, and the one table of tolerances."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -30,23 +31,22 @@ OUTPUT_NAMES = ("y", "h_n", "c_n", "c_all")
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def setting(get: Callable[[], Any], set: Callable[[Any], Any], value: Any) -> Iterator[None]:
+    """Another value of a global setting."""
+    before = get()
+    set(value)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        set(before)
 
 
-@contextmanager
-def instruction_set(name: str) -> Iterator[None]:
-    before = _library.extension.get_isa()
-    _library.extension.set_isa(name)
-    try:
-        yield
-    finally:
-        _library.extension.set_isa(before)
+def threads(count: int) -> AbstractContextManager[None]:
+    return setting(torch.get_num_threads, torch.set_num_threads, count)
+
+
+def instruction_set(name: str) -> AbstractContextManager[None]:
+    return setting(_library.extension.get_isa, _library.extension.set_isa, name)
 
 
 @contextmanager

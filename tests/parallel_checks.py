@@ -111,6 +111,26 @@ def assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], gradient, msg=lambda message, name=name: f"{name}: {message}")
 
 
+def assert_backwards(model: nn.Module) -> None:
+    """One backward after the other gives the gradients of one process."""
+    x = batch()
+    expected = gradients(make_model(), x)
+    for _ in range(2):
+        model.zero_grad()
+        loss(model(mine(x))).backward()
+        assert_gradients(model, expected)
+
+
+def assert_checkpointing(distribute: Callable[[nn.Module, bool], nn.Module]) -> None:
+    """So does a backward that runs the modules again; `distribute` takes a model and use_reentrant."""
+    x = batch().requires_grad_()
+    for reentrant in (False, True):
+        expected = gradients(make_model(recompute=reentrant), x)
+        model = distribute(make_model(recompute=reentrant), reentrant)
+        loss(model(mine(x))).backward()
+        assert_gradients(model, expected)
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {}
 
 
@@ -121,13 +141,7 @@ def check(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 @check
 def ddp(_: Path) -> None:
-    x = batch()
-    expected = gradients(make_model(), x)
-    model = DistributedDataParallel(make_model())
-    for _ in range(2):
-        model.zero_grad()
-        loss(model(mine(x))).backward()
-        assert_gradients(model, expected)
+    assert_backwards(DistributedDataParallel(make_model()))
 
 
 @check
@@ -161,26 +175,16 @@ def ddp_no_sync(_: Path) -> None:
 
 @check
 def ddp_checkpointing(_: Path) -> None:
-    x = batch().requires_grad_()
-    for reentrant in (False, True):
-        expected = gradients(make_model(recompute=reentrant), x)
-        # DDP wants to know that the graph is static, or reentrant backward marks what is used twice as ready twice.
-        model = DistributedDataParallel(make_model(recompute=reentrant), static_graph=reentrant)
-        loss(model(mine(x))).backward()
-        assert_gradients(model, expected)
+    # DDP wants to know that the graph is static, or reentrant backward marks what is used twice as ready twice.
+    assert_checkpointing(lambda model, reentrant: DistributedDataParallel(model, static_graph=reentrant))
 
 
 @check
 def fsdp(_: Path) -> None:
-    x = batch()
-    expected = gradients(make_model(), x)
     for reshard in (True, False):
         model = shard(make_model(), reshard_after_forward=reshard)
         assert all(isinstance(p, DTensor) for p in model.parameters())
-        for _ in range(2):
-            model.zero_grad()
-            loss(model(mine(x))).backward()
-            assert_gradients(model, expected)
+        assert_backwards(model)
 
 
 @check
@@ -197,12 +201,7 @@ def fsdp_no_sync(_: Path) -> None:
 
 @check
 def fsdp_checkpointing(_: Path) -> None:
-    x = batch().requires_grad_()
-    for reentrant in (False, True):
-        expected = gradients(make_model(recompute=reentrant), x)
-        model = shard(make_model(recompute=reentrant))
-        loss(model(mine(x))).backward()
-        assert_gradients(model, expected)
+    assert_checkpointing(lambda model, _: shard(model))
 
 
 @check

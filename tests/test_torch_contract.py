@@ -10,8 +10,8 @@ import io
 import itertools
 import pickle
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import rnnkern
+from tests.helpers import setting
 
 pytest.importorskip("expecttest", reason="torch's module database imports it")
 
@@ -65,15 +66,10 @@ def assert_same_values(actual: Any, expected: Any, **tolerance: float) -> None:
     torch.testing.assert_close(tensors(actual), tensors(expected), **tolerance)
 
 
-@contextmanager
-def swapping(swap: bool) -> Iterator[None]:
+def swapping(swap: bool) -> AbstractContextManager[None]:
     """Conversions and loads swap parameters' contents (`torch.utils.swap_tensors`) instead of writing into them."""
-    before = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(swap)
-    try:
-        yield
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(before)
+    future = torch.__future__
+    return setting(future.get_swap_module_params_on_conversion, future.set_swap_module_params_on_conversion, swap)
 
 
 def test_the_database_has_every_module() -> None:
