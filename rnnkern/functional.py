@@ -205,20 +205,22 @@ def attend_checked(
     return context, weights
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype that torch's own products would read the tensor in: autocast's where it is on, but float64 stays."""
-    dtype = tensor.dtype
+def autocasts(tensor: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of this tensor, and casts it: any float but float64."""
     if not torch._C._is_any_autocast_enabled():
-        return dtype
-    device = tensor.device.type
-    if (
+        return False
+    device, dtype = tensor.device.type, tensor.dtype
+    return (
         dtype.is_floating_point
         and dtype != torch.float64
         and torch.amp.is_autocast_available(device)
         and torch.is_autocast_enabled(device)
-    ):
-        return torch.get_autocast_dtype(device)
-    return dtype
+    )
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that torch's own products would read the tensor in: autocast's where it casts, else the tensor's."""
+    return torch.get_autocast_dtype(tensor.device.type) if autocasts(tensor) else tensor.dtype
 
 
 def zero_padding(key: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> Tensor:

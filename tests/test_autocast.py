@@ -1,5 +1,8 @@
 """torch.autocast: the dtypes that torch.nn gives, products in autocast's, finite gradients, GradScaler."""
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -99,6 +102,82 @@ def test_float64_and_other_devices_are_left_alone(kind: str) -> None:
     expected = tensors(ours(x))
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(tensors(ours(x)), expected, rtol=0, atol=0)
+
+
+@contextmanager
+def autocast_of(device: str) -> Iterator[None]:
+    """bfloat16 for this device, also where it is absent, for which torch.autocast does nothing."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_enabled(device, True)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
+
+
+def outcome(module: nn.Module, *args: Any) -> Any:
+    """The dtypes of the results, or the type of the exception."""
+    try:
+        return [t.dtype for t in tensors(module(*args))]
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("kind", "packed"),
+    [(kind, packed) for kind in LAYERS + CELLS for packed in (False, True) if not (packed and kind in CELLS)],
+)
+def test_what_autocast_does_not_cast_is_refused_as_by_torch(
+    kind: str, device: str, weights: torch.dtype, packed: bool
+) -> None:
+    """float64 and integers; all that lies on another device than autocast's."""
+    ours, peer = pair(kind, dtype=weights)
+    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.int64]
+    refused = 0
+    for given, state in itertools.product(dtypes, [None, *dtypes]):
+        x = torch.ones(B, I, dtype=given) if kind in CELLS else torch.ones(T, B, I, dtype=given)
+        args = (x if not packed else pack_sequence([x[:t, 0] for t in (9, 5, 1)]),)
+        if state is not None:
+            args = (*args, state_of(kind, state))
+        with autocast_of(device):
+            actual, expected = outcome(ours, *args), outcome(peer, *args)
+        assert actual == expected, (given, state)
+        refused += expected is RuntimeError
+    assert refused >= 10
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTMCell"])
+def test_what_is_refused_is_named(kind: str) -> None:
+    """Of an LSTM's c too, though torch promotes it where it has no kernel for the layer."""
+    ours, _ = pair(kind)
+    x = torch.rand(B, I) if kind in CELLS else torch.rand(T, B, I)
+    h, c = state_of(kind, torch.float32)
+    names = ("hx", "hx") if kind in LAYERS else ("hidden0", "hidden1")
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(RuntimeError, match=r"input must have .* Expected torch.bfloat16, got torch.float64"):
+            ours(x.double(), (h, c))
+        for name, hx in zip(names, ((h.double(), c), (h, c.double()))):
+            with pytest.raises(RuntimeError, match=f"{name} must have .* Expected torch.float32, got torch.float64"):
+                ours(x, hx)
+
+
+def test_layers_of_int8_weights_take_what_autocast_casts() -> None:
+    layer = rnnkern.quantize_dynamic(nn.Sequential(nn.LSTM(I, H)))[0]
+    x, state = torch.rand(T, B, I), state_of("LSTM", torch.float32)
+    expected = tensors(layer(x.bfloat16().float(), state))
+    with autocast_of("cpu"):
+        torch.testing.assert_close(tensors(layer(x.bfloat16(), state)), expected, rtol=0, atol=0)
+        for wrong in (x.double(), x.long()):
+            with pytest.raises(ValueError, match=r"input must have dtype torch.float32"):
+                layer(wrong)
+        with pytest.raises(RuntimeError, match=r"hx must have .* got torch.float64"):
+            layer(x, tree_map(Tensor.double, state))
+    with autocast_of("cuda"), pytest.raises(ValueError, match=r"input must have dtype torch.float32"):
+        layer(x.bfloat16())
 
 
 def test_off_the_cpu_results_are_in_autocasts_dtype() -> None:

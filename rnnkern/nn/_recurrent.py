@@ -199,6 +199,10 @@ class _Recurrent(Options, Leaf):
         """The dtype in which a layer of this weight computes: autocast's where it is on."""
         return autocast_dtype(weight)
 
+    def _fits(self, tensor: Tensor, dtype: torch.dtype) -> bool:
+        """Whether a layer that computes in this dtype takes the tensor as it is, or as autocast casts it."""
+        return autocast_dtype(tensor) == dtype
+
     def _casts(self, weights: Weights, dtype: torch.dtype) -> bool:
         """Whether these weights are to be cast: autocast is on."""
         weight = weights[0]
@@ -248,8 +252,10 @@ class _Recurrent(Options, Leaf):
                     "Input and hidden tensors are not at the same device, "
                     f"found input tensor at {device} and hidden tensor at {state.device}"
                 )
+        if input.dtype != dtype and not self._fits(input, dtype):
+            raise RuntimeError(f"input must have the dtype of the weights. Expected {dtype}, got {input.dtype}")
         for state in states:
-            if state.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            if state.dtype != dtype and not self._fits(state, dtype):
                 raise RuntimeError(f"hx must have the dtype of input. Expected {input.dtype}, got {state.dtype}")
 
     def _run(

@@ -150,8 +150,7 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
                 self._check_hidden(x, c, 1)
         result = dtype
         if x.dtype != dtype or h.dtype != dtype or (c is not None and c.dtype != dtype):
-            if not torch._C._is_any_autocast_enabled():
-                raise RuntimeError(f"input must have the dtype of the weights. Expected {dtype}, got {x.dtype}")
+            self._check_dtypes(x, h, c, dtype)
             result = result_dtype(cell.upper(), h if c is None else c, dtype, fused=False)
             x, h = x.to(dtype), h.to(dtype)
         packs: PackCache | None = self._packs
@@ -182,8 +181,16 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
                 "Input and hidden tensors are not at the same device, "
                 f"found input tensor at {x.device} and hidden tensor at {hidden.device}"
             )
-        if hidden.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
-            raise RuntimeError(f"hidden{index} must have the dtype of input. Expected {x.dtype}, got {hidden.dtype}")
+
+    def _check_dtypes(self, x: Tensor, h: Tensor, c: Tensor | None, dtype: torch.dtype) -> None:
+        """Raises RuntimeError unless all have this dtype, or autocast casts them to it."""
+        for index, hidden in enumerate((h, c)):
+            if hidden is not None and hidden.dtype != x.dtype and autocast_dtype(hidden) != dtype:
+                raise RuntimeError(
+                    f"hidden{index} must have the dtype of input. Expected {x.dtype}, got {hidden.dtype}"
+                )
+        if autocast_dtype(x) != dtype:
+            raise RuntimeError(f"input must have the dtype of the weights. Expected {dtype}, got {x.dtype}")
 
 
 class _OneStateCell(_Cell):

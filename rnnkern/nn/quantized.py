@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from rnnkern.cells import CELLS
+from rnnkern.functional import autocasts
 from rnnkern.nn._options import OF_BACKWARD
 from rnnkern.nn._recurrent import _NO_PROJECTION, _Recurrent
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
@@ -127,7 +128,7 @@ class _Quantized(_Recurrent):
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Checks what torch checks, but does not advise to convert the module."""
-        if input.dtype != torch.float32 and not torch._C._is_any_autocast_enabled():
+        if not self._fits(input, torch.float32):
             raise ValueError(f"input must have dtype torch.float32 for {type(self).__name__}, got {input.dtype}")
         super().check_input(input, batch_sizes)
 
@@ -140,6 +141,9 @@ class _Quantized(_Recurrent):
 
     def _dtype(self, weight: Tensor) -> torch.dtype:
         return torch.float32
+
+    def _fits(self, tensor: Tensor, dtype: torch.dtype) -> bool:
+        return tensor.dtype == dtype or autocasts(tensor)
 
     def _casts(self, weights: Weights, dtype: torch.dtype) -> bool:
         return False
