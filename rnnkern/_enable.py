@@ -48,27 +48,31 @@ _KEPT_SWITCHES = 64
 class _Known(NamedTuple):
     """What is kept of a set of weights: their packs, and the call past the dispatcher that may belong to them."""
 
-    first: weakref.ref[Tensor]
+    memory: weakref.ref[torch.UntypedStorage]  # of the first
     options: tuple[Any, ...]  # the operator's arguments that are no tensors
     packs: PackCache
 
 
 class _KnownWeights(dict[int, _Known]):
-    """Sets of weights by the id of the first, which lives as long as that tensor, also in a scripted module.
+    """Sets of weights by the address of the first, which live as long as its memory, also in a scripted module.
 
-    Whether the other weights are the same, PackCache sees.
+    Whether the weights there are the same, PackCache sees. The tensors themselves have no weak references, which
+    torch.utils.swap_tensors would refuse.
     """
 
     def packs(self, first: Tensor, options: tuple[Any, ...]) -> PackCache:
-        key = id(first)
+        key, memory = first.data_ptr(), first.untyped_storage()
         known = self.get(key)
-        if known is None or known.first() is not first or known.options != options:
-            known = self[key] = _Known(weakref.ref(first, lambda _: self.pop(key, None)), options, PackCache())
+        if known is None or known.memory() is not memory or known.options != options:
+            known = self[key] = _Known(weakref.ref(memory, lambda _: self.pop(key, None)), options, PackCache())
         return known.packs
 
     def short(self, first: Tensor, options: tuple[Any, ...]) -> Any:
         """What runs a short call past the dispatcher if it can (`rnnkern.ops.short`), or None."""
-        known = self.get(id(first))
+        try:
+            known = self.get(first.data_ptr())
+        except RuntimeError:  # fake tensors have no address
+            return None
         if known is None or known.options != options or torch.is_autocast_enabled("cpu"):
             return None
         return known.packs.short

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -211,12 +212,30 @@ def test_parametrized_weights_follow_their_parameters(form: str) -> None:
 
 
 def test_memory_of_weights_is_given_back() -> None:
-    """The cache keeps old weights alive until the next call at most, and no longer where a module is converted."""
-    module, x = make("GRU")
+    """The cache keeps no weight alive; with one, its pack goes."""
+    module, x = make("deep LSTM")
     warm(module, x)
-    storage = module.weight_hh_l0.untyped_storage()
-    held = [s for kept in module._packs._memory.values() for s in kept]
-    assert storage.data_ptr() in [s.data_ptr() for s in held]
+    weight = weakref.ref(module.weight_hh_l1.untyped_storage())
+    pack = weakref.ref(module._packs._entries[1][1])
+    assert module._packs.short is not None
+    module.weight_hh_l1 = torch.nn.Parameter(other(module.weight_hh_l1.detach()))
+    assert weight() is None
+    assert module._packs.short is None
+    assert pack() is None
+    assert list(module._packs._entries) == list(module._packs._memory) == [0]
     module.double()
     assert not module._packs._memory
     assert not module._packs._entries
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 20])
+@pytest.mark.parametrize(("kind", "gates"), [("RNN", 1), ("GRU", 3), ("LSTM", 4)])
+def test_other_strides_at_the_same_address_are_seen(kind: str, gates: int, steps: int) -> None:
+    """A transposed weight has the address, version and sizes that it had before."""
+    module = getattr(rnnkern.nn, kind if steps else f"{kind}Cell")(gates * H, H).eval()
+    x = torch.randn(steps, B, gates * H) if steps else torch.randn(B, gates * H)
+    before = warm(module, x)
+    name, weight = first(module)
+    setattr(module, name, torch.nn.Parameter(weight.t()))
+    assert_seen(module, x, before)
+    assert_seen(module, x, before)

@@ -58,7 +58,7 @@ bool ShortCall::unchanged(PyObject* parameters, std::vector<Reference>& held) co
     held.push_back(share(tensor));
     View view;
     if (!tensor || !view_of(tensor, stack.dtype, view, weight.matrix) || view.data != weight.data ||
-        !view.has_sizes(weight.sizes) || version_of(tensor) != weight.version) {
+        !view.has_sizes(weight.sizes) || !view.contiguous() || version_of(tensor) != weight.version) {
       return false;
     }
   }

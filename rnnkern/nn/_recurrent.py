@@ -58,11 +58,6 @@ class _Recurrent(Options, Leaf):
         self._packs.forget()
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._packs.forget()  # a pack keeps the memory of its weights, which may be replaced here
-        result: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return result
-
     def _load_from_state_dict(self, *args: Any) -> None:
         self._flat_weight_refs = []  # torch.utils.swap_tensors refuses what has weak references
         try:

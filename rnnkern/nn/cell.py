@@ -1,6 +1,5 @@
 """Drop-in RNNCell, LSTMCell and GRUCell: one step of the fused layer, with torch's constructor, checks and outputs."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,11 +46,6 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
         """Sets the mode, as in torch; packed weights are forgotten."""
         self._packs.forget()
         return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._packs.forget()  # a pack keeps the memory of its weights, which may be replaced here
-        result: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return result
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

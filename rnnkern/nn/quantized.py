@@ -124,7 +124,8 @@ class _Quantized(_Recurrent):
             result = fn(tensor)
             return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
-        return super()._apply(moved, recurse)
+        result: Self = super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return result
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """Checks what torch checks, but does not advise to convert the module."""

@@ -1,5 +1,7 @@
 """Packed weights that inference calls of few rows share."""
 
+import functools
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +17,14 @@ Weights = tuple[Tensor | None, ...]
 class PackCache:
     """Weights of a module's layers in the kernels' layout, for calls of few rows without gradients in eval mode.
 
-    An entry holds while every weight keeps address, version and dtype. That misses writes without a trace: fused
-    optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in training mode or
-    with gradients, and in `train` and `eval`; and the kernels compare a sample of the elements with one kept in the
-    pack. What remains unseen is a write without a trace, to so few elements that the sample misses them, between two
-    calls without gradients of a module that stays in eval mode: `module.eval()` after such a write makes it seen.
-    Weights are packed when seen unchanged for the second time: evaluating between updates packs nothing in vain.
-    An entry keeps the weights' memory, too: a weight that a hook or a parametrization makes anew for every call would
-    else come to lie where an earlier one did, with its version.
+    An entry holds while every weight keeps address, version, dtype, shape and strides. That misses writes without a
+    trace: fused optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in
+    training mode or with gradients, and in `train` and `eval`; and the kernels compare a sample of the elements with
+    one kept in the pack. What remains unseen is a write without a trace, to so few elements that the sample misses
+    them, between two calls without gradients of a module that stays in eval mode: `module.eval()` after such a write
+    makes it seen. Weights are packed when seen unchanged for the second time: evaluating between updates packs nothing
+    in vain. An entry goes when the memory of one of its weights is freed: a weight that a hook or a parametrization
+    makes anew for every call would else come to lie where an earlier one did, with its version.
 
     Attributes:
         short: runs the whole module past the dispatcher (`rnnkern.ops.short`), once all its layers have packs; or None.
@@ -32,7 +34,7 @@ class PackCache:
     short: Any
     cell: str
     _entries: dict[int, tuple[list[Any], Tensor | None]]
-    _memory: dict[int, list[torch.UntypedStorage]]
+    _memory: dict[int, list[weakref.ref[torch.UntypedStorage]]]  # whose death drops the entry
 
     def __init__(self) -> None:
         self._entries = {}
@@ -71,7 +73,8 @@ class PackCache:
 
     def _remember(self, layer: int, key: list[Any], weights: Sequence[Tensor | None], packed: Tensor | None) -> None:
         self._entries[layer] = (key, packed)
-        self._memory[layer] = [weight.untyped_storage() for weight in weights if weight is not None]
+        lost = functools.partial(_drop_entry, weakref.ref(self), layer)
+        self._memory[layer] = [weakref.ref(weight.untyped_storage(), lost) for weight in weights if weight is not None]
         self._drop_short()
 
     def prepare(self, cell: str, parameters: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
@@ -95,6 +98,15 @@ class PackCache:
             self.short = short
 
 
+def _drop_entry(cache: weakref.ref[PackCache], layer: int, _: object) -> None:
+    """Forgets a layer of which a weight's memory is freed."""
+    packs = cache()
+    if packs is not None:
+        packs._entries.pop(layer, None)
+        packs._memory.pop(layer, None)
+        packs._drop_short()
+
+
 def _key(weights: Sequence[Tensor | None]) -> list[Any]:
     """What changes whenever weights change, but for writes without a trace."""
-    return [None if w is None else (w.data_ptr(), w._version, w.dtype) for w in weights]
+    return [None if w is None else (w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights]
