@@ -46,13 +46,21 @@ class ModuleNote:
 
 @dataclass(frozen=True)
 class Report:
-    """What `accelerate` did: a note for each recurrent module of torch, in the order of `named_modules`."""
+    """What `accelerate` did: a note for each recurrent module of torch, in the order of `named_modules`.
+
+    Attributes:
+        swapped: by this call.
+        left: what was left alone.
+        already: what an earlier call had swapped.
+    """
 
     swapped: tuple[ModuleNote, ...] = ()
     left: tuple[ModuleNote, ...] = ()
+    already: tuple[ModuleNote, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(map(str, (*self.swapped, *self.left))) or "no recurrent module of torch was found"
+        notes = [*map(str, (*self.swapped, *self.left)), *(f"{note} already" for note in self.already)]
+        return "\n".join(notes) or "no recurrent module of torch was found"
 
 
 def accelerate(model: torch.nn.Module) -> Report:
@@ -71,7 +79,8 @@ def accelerate(model: torch.nn.Module) -> Report:
         model: any module; a recurrent module itself is possible, too.
 
     Returns:
-        a `Report`: what was swapped, and what was left alone and why. Modules of rnnkern.nn are not mentioned.
+        a `Report`: what was swapped, what was left alone and why, and what an earlier call had swapped. Modules made
+            by rnnkern.nn are not mentioned.
 
     Raises:
         TypeError: the model is not a module.
@@ -86,16 +95,21 @@ def accelerate(model: torch.nn.Module) -> Report:
         <class 'rnnkern.nn.recurrent.LSTM'>
     """
     _check_model(model)
+    accelerated = {module for module in model.modules() if _ADDED in vars(module)}
+    already: list[ModuleNote] = []
     seen: dict[torch.nn.Module, ModuleNote | None] = {}
     swapped: list[ModuleNote] = []
     left: list[ModuleNote] = []
     for path, module in model.named_modules(remove_duplicate=False):
+        if module in accelerated:
+            already.append(ModuleNote(path, _BACK[_plain_class(module)].__name__))
+            continue
         if module not in seen:
             seen[module] = _swap(module)
         note = seen[module]
         if note is not None:
             (left if note.why else swapped).append(ModuleNote(path, note.kind, note.why))
-    return Report(tuple(swapped), tuple(left))
+    return Report(tuple(swapped), tuple(left), tuple(already))
 
 
 def restore(model: torch.nn.Module) -> tuple[str, ...]:

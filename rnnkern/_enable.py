@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _AUTOGRAD = torch._C.DispatchKey.AutogradCPU
 _ALIAS = "CompositeImplicitAutograd"
 _KEPT_SWITCHES = 64
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class _Known(NamedTuple):
@@ -372,24 +374,42 @@ _switch = _Switch()
 
 
 class _Enabled(contextlib.AbstractContextManager["_Enabled"]):
-    """What `enable` returns: leaving it as a block undoes that call, once."""
+    """What `enable` returns: leaving it as a block undoes that call, once; each further block is a call of its own."""
 
     def __init__(self) -> None:
-        self._added = _switch.add_user()
-        self._left = False
+        self._added = [_switch.add_user()]  # what is not undone yet
+        self._entered = False
+
+    def __enter__(self) -> "_Enabled":
+        if self._entered:
+            self._added.append(_switch.add_user())
+        self._entered = True
+        return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._left:
-            self._left = True
-            _switch.remove_user(self._added)
+        if self._added:
+            _switch.remove_user(self._added.pop())
+
+    def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
+        """As a decorator, it undoes the call of `enable`, and holds while the function runs."""
+        with self:
+            pass
+
+        @functools.wraps(function)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            with _Enabled():
+                return function(*args, **kwargs)
+
+        return run
 
 
-def enable() -> contextlib.AbstractContextManager[Any]:
+def enable() -> _Enabled:
     """Runs torch's own recurrent operators on these kernels, so that unmodified programs get faster.
 
     torch.nn.RNN, LSTM, GRU and their cells, TorchScript files, C++ programs in this process: whatever calls torch's
-    operators on CPU tensors. Call it once, or use it as a block. It holds for the whole process and every thread;
-    blocks and calls nest: torch's kernels are back when every block is left, if all calls were blocks, or at `disable`.
+    operators on CPU tensors. Call it once, or use it as a block or a decorator. It holds for the whole process and
+    every thread; blocks and calls nest: torch's kernels are back when every block is left, if all calls were blocks,
+    or at `disable`.
     `RNNKERN_ENABLE=1` in the environment calls it when rnnkern is imported.
 
     torch runs, exactly as before, what these kernels cannot run or what someone watches: `proj_size`, torch.autocast,
@@ -400,7 +420,7 @@ def enable() -> contextlib.AbstractContextManager[Any]:
     torch does not count (`.data`, NumPy) to few elements of a weight, call `disable` and `enable`.
 
     Returns:
-        a context manager whose end undoes this call
+        a context manager whose end undoes this call, to be entered again if wanted; or a decorator of a function
 
     Warns:
         RuntimeWarning: the compiled kernels are missing, so that nothing changes.

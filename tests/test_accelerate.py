@@ -65,7 +65,9 @@ def test_one_module(kind: str, more: dict[str, Any]) -> None:
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
     for a, b in zip(run(module, x), expected, strict=True):
         torch.testing.assert_close(a, b, **tolerance)
-    assert rnnkern.accelerate(module) == type(report)()
+    again = rnnkern.accelerate(module)
+    assert (again.swapped, again.left, again.already) == ((), (), report.swapped)
+    assert str(again) == f"(the model): {kind} swapped already"
     assert rnnkern.restore(module) == ("",)
     assert type(module) is getattr(torch.nn, kind)
     assert vars(module).keys() == attributes.keys()
@@ -97,6 +99,14 @@ def test_nested_and_shared_modules() -> None:
     assert [note.path for note in report.swapped] == ["encoder.rnns.0", "encoder.rnns.1", "shared"]
     assert model.shared is model.encoder["rnns"][0] is model.aside[0]
     assert len(rnnkern.explain(model, x).layers) == 4
+    model.more = torch.nn.LSTM(I, H)
+    assert str(rnnkern.accelerate(model)).splitlines() == [
+        "more: LSTM swapped",
+        "encoder.rnns.0: GRU swapped already",
+        "encoder.rnns.1: GRU swapped already",
+        "shared: GRU swapped already",
+    ]
+    del model.more
     for a, b in zip(run(model, x), expected, strict=True):
         torch.testing.assert_close(a, b)
     assert rnnkern.restore(model) == ("encoder.rnns.0", "encoder.rnns.1", "shared")

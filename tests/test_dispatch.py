@@ -126,7 +126,9 @@ def test_explain_tells_of_attention() -> None:
 
 
 def test_explain_a_model_without_recurrence() -> None:
-    assert "no recurrent layer or attention ran" in str(rnnkern.explain(torch.nn.Linear(2, 2), torch.ones(1, 2)))
+    assert "no recurrent layer or attention of rnnkern ran" in str(
+        rnnkern.explain(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    )
 
 
 def test_missing_kernels_are_said_once() -> None:

@@ -605,3 +605,51 @@ def test_a_handle_undoes_its_own_call_alone() -> None:
     assert rnnkern.explain(gru, x).layers
     rnnkern.disable()
     assert not rnnkern.explain(gru, x).layers
+
+
+def test_a_handle_may_be_entered_again_and_decorate() -> None:
+    before = tables()
+
+    def on() -> bool:
+        return tables() != before
+
+    block = rnnkern.enable()
+    for _ in range(2):
+        with block, block:
+            assert on()
+        assert not on()
+    block.__exit__(None, None, None)
+    with rnnkern.enable():
+        block.__exit__(None, None, None)  # nothing of its own is left
+        assert on()
+
+    @rnnkern.enable()
+    def depth(n: int) -> int:
+        """Calls itself."""
+        assert on()
+        return 1 + depth(n - 1) if n else 0
+
+    assert not on()
+    assert depth(2) == 2
+    assert (depth.__name__, depth.__doc__) == ("depth", "Calls itself.")
+    assert not on()
+
+
+def test_weights_may_be_swapped() -> None:
+    """torch.utils.swap_tensors refuses tensors with weak references."""
+    cell, other, x = torch.nn.LSTMCell(I, H).eval(), torch.nn.LSTMCell(I, H), torch.randn(B, I)
+    expected = other(x)
+    rnnkern.enable()
+    with torch.no_grad():
+        for _ in range(3):
+            cell(x)
+    for ours, theirs in zip(cell.parameters(), other.parameters()):
+        torch.utils.swap_tensors(ours, theirs)
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(cell(x), expected)
+
+
+def test_explain_tells_why_it_saw_nothing() -> None:
+    told = str(rnnkern.explain(torch.nn.GRU(I, H), torch.randn(T, B, I)))
+    assert "unless rnnkern.accelerate(model) or rnnkern.enable() was called" in told

@@ -241,6 +241,12 @@ class AttentionNote:
         return f"{self.score} attention {shape} {self.dtype.removeprefix('torch.')} {self.device}: {self.backend}{why}"
 
 
+_NOTHING_RAN = (
+    "no recurrent layer or attention of rnnkern ran "
+    "(modules of torch.nn run torch's kernels unless rnnkern.accelerate(model) or rnnkern.enable() was called)"
+)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` saw: one note per recurrent layer or attention as they ran, and the facts of the CPU kernels."""
@@ -252,14 +258,15 @@ class Explanation:
 
     def __str__(self) -> str:
         kernels = f"isa {self.isa}" if self.isa else f"not loaded, {self.missing}"
-        lines = [f"{i}: {note}" for i, note in enumerate(self.layers)] or ["no recurrent layer or attention ran"]
+        lines = [f"{i}: {note}" for i, note in enumerate(self.layers)] or [_NOTHING_RAN]
         return "\n".join([*lines, f"cpu kernels: {kernels}; threads: {self.threads}"])
 
 
 def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Runs `module(*args, **kwargs)` once and tells which backend ran each recurrent layer and attention, and why.
 
-    The module may be any model that holds recurrent layers or attention of rnnkern. It really runs, in its own mode
+    The module may be any model that holds recurrent layers or attention of rnnkern; those of torch.nn are told of only
+    while `rnnkern.enable` is on. It really runs, in its own mode
     and with gradients as they are enabled, since both decide what runs: whatever a call changes in it, such as the
     running statistics of a BatchNorm in training mode, changes here too. Only torch's random state is left as it was.
 
