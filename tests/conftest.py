@@ -1,11 +1,14 @@
 """Fixtures of every test: torch's global state is put back, and each instruction set that this CPU has is tried."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
+import rnnkern
+from rnnkern import _enable
 from tests.helpers import ISAS, instruction_set, poisoned_memory, threads
 
 
@@ -31,3 +34,38 @@ def poison() -> Iterator[None]:
     """Memory that operators allocate starts as NaN."""
     with poisoned_memory():
         yield
+
+
+@pytest.fixture
+def disabled_afterwards() -> Iterator[None]:
+    """Whatever `rnnkern.enable` did is undone."""
+    yield
+    rnnkern.disable()
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Who ran each call that reached `enable`'s kernels, "ours" or "torch"."""
+    seen: list[str] = []
+    known = {cell: (_enable._KnownWeights(), _enable._KnownWeights()) for cell in _enable._MODULES}
+    watched, make_kernel = _enable._watched, _enable._make_kernel
+
+    def make(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
+        def told(*args: Any) -> Any:
+            result = run(*args)
+            seen.append("torch" if result is None else "ours")
+            return result
+
+        return make_kernel(operator, told)
+
+    def noted() -> bool:
+        if watched():
+            seen.append("torch")
+        return watched()
+
+    monkeypatch.setattr(_enable, "_make_kernel", make)
+    monkeypatch.setattr(_enable, "_watched", noted)
+    kernels = [kernel for cell in known for kernel in _enable._make_kernels(cell, *known[cell])]
+    monkeypatch.setattr(_enable._switch, "_known", known)
+    monkeypatch.setattr(_enable._switch, "_kernels", kernels)
+    return seen

@@ -150,8 +150,15 @@ try:
         pass
 except rnnkern.BackendUnavailable as error:
     print(error)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    rnnkern.enable()
+print(*[f"{w.category.__name__} {w.message}" for w in caught])
+print(rnnkern.explain(torch.nn.GRU(3, 4), torch.ones(5, 2, 3)))
 """
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert told.startswith("1 RuntimeWarning rnnkern runs its slow eager reference: librnnkern.so is not built")
     assert "float32 cpu: eager (librnnkern.so is not built" in told
     assert "backend 'cpu' cannot run: librnnkern.so is not built" in told
+    assert "\nRuntimeWarning rnnkern.enable() changes nothing: librnnkern.so is not built" in told
+    assert "float32 cpu: torch (librnnkern.so is not built" in told
