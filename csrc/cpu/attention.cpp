@@ -144,7 +144,7 @@ const S* batch_row(const Rows& rows, int64_t b) {
 
 template <class S>
 void zero_rows(S* to, int64_t count) {
-  memset(static_cast<void*>(to), 0, size_t(count) * sizeof(S));
+  if (count > 0) memset(static_cast<void*>(to), 0, size_t(count) * sizeof(S));  // no elements may have no address
 }
 
 template <class S>
