@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import rnnkern
+from tests.helpers import BACKENDS
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -18,7 +19,7 @@ T, B = Dim("T"), Dim("B")
 pytestmark = pytest.mark.filterwarnings("ignore:::torch.onnx", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
-def export(model: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...]) -> Any:
+def export(model: nn.Module, inputs: tuple[Any, ...], dynamic: tuple[Any, ...] | None) -> Any:
     program = torch.onnx.export(model.eval(), inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
     assert program is not None
     onnx.checker.check_model(program.model_proto, full_check=True)
@@ -122,6 +123,15 @@ def test_attention() -> None:
     operators(exported)
     check(model, exported, *inputs)
     check(model, exported, torch.randn(2, 5, I), torch.randn(2, 9, I), torch.tensor([0, 9]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forced_backend_does_not_matter(backend: str) -> None:
+    model, inputs = Attention(), (torch.randn(3, 2, I), torch.randn(3, 6, I), torch.tensor([6, 1, 3]))
+    with rnnkern.backend(backend):
+        exported = export(model, inputs, None)
+    assert "GRU" in operators(exported)
+    check(model, exported, *inputs)
 
 
 def message(error: BaseException | None) -> str:

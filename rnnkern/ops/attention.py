@@ -207,10 +207,11 @@ def attend(
     compiling = torch.compiler.is_compiling()
     if lengths is not None and not compiling:  # the kernel checks what a traced program cannot
         _check_range(lengths, key.shape[1])
-    forced = _dispatch.forced()
+    exporting = onnx.exporting()
+    forced = None if exporting else _dispatch.forced()  # what is exported runs on none of our backends
     transformed = not compiling and _dispatch.transformed()
     why = "forced" if forced == "eager" else refusal(query.device.type, query.dtype, transformed)
-    if onnx.exporting():
+    if exporting:
         why = "ONNX has no such operator"
     if why and forced == "cpu":
         raise _dispatch.BackendUnavailable(f"backend 'cpu' cannot run {score} attention: {why}")
