@@ -1,15 +1,19 @@
 """A few cases of each kind that `make fuzz` runs, the same every time; and that a fault would be seen."""
 
+import argparse
 import shlex
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import rnnkern
+from rnnkern.ops import _dispatch
 from tests.fuzz import cases
-from tests.fuzz.__main__ import STRATEGIES, run
-from tests.fuzz.cases import Call, KeywordCase, ModuleCase, Spec
+from tests.fuzz.__main__ import STRATEGIES, run, watch
+from tests.fuzz.cases import AttentionCase, Call, KeywordCase, ModuleCase, Spec
 from tests.fuzz.checks import check
 
 
@@ -17,6 +21,11 @@ from tests.fuzz.checks import check
 def test_some_cases(name: str) -> None:
     failure = run(name, number=0, examples=30)
     assert not failure, failure
+
+
+def on_kernels() -> bool:
+    """Whether the call is not the eager reference's, with which it is compared."""
+    return _dispatch.forced() is None
 
 
 def spoiled(function: Callable[..., Any], spoil: Callable[[Any], None]) -> Callable[..., Any]:
@@ -29,6 +38,8 @@ def spoiled(function: Callable[..., Any], spoil: Callable[[Any], None]) -> Calla
 
 
 CASE = ModuleCase("GRU", (3, 4), {}, (Call(Spec((2, 3, 3)), mode="no_grad"),))
+KEYWORDS = KeywordCase("GRU", (3, 4), Spec((2, 3, 3)))
+ATTENTION = AttentionCase("dot", {"query": Spec((2, 3, 4)), "key": Spec((2, 5, 4), grad=True)}, module=())
 
 
 @pytest.mark.parametrize(
@@ -36,14 +47,18 @@ CASE = ModuleCase("GRU", (3, 4), {}, (Call(Spec((2, 3, 3)), mode="no_grad"),))
     [
         (CASE, lambda seen: seen[0][0][1, 2].mul_(2), "output 0: differs"),
         (CASE, lambda seen: seen[0][1].fill_(float("nan")), "output 1: not finite"),
-        (KeywordCase("GRU", (3, 4), Spec((2, 3, 3))), lambda seen: seen[1][0].add_(1), "wrote past"),
+        (KEYWORDS, lambda seen: seen[1][0].add_(1), "wrote past"),
+        (ATTENTION, lambda seen: on_kernels() and seen[0][0].data[1, 2].mul_(2), "output 0: differs"),
+        (ATTENTION, lambda seen: on_kernels() and seen[0][0].register_hook(lambda g: 2 * g), r"gradient of \['key'\]"),
+        (ATTENTION, lambda seen: seen[1][0].add_(1), "wrote past"),
     ],
-    ids=["value", "nan", "write"],
+    ids=["value", "nan", "write", "attention value", "attention gradient", "attention write"],
 )
 def test_faults_are_seen(monkeypatch: pytest.MonkeyPatch, case: Any, spoil: Any, message: str) -> None:
+    module = rnnkern.nn.DotAttention if case is ATTENTION else rnnkern.nn.GRU
     check(case)
     with monkeypatch.context() as patched:
-        patched.setattr(rnnkern.nn.GRU, "forward", spoiled(rnnkern.nn.GRU.forward, spoil))
+        patched.setattr(module, "forward", spoiled(module.forward, spoil))
         with pytest.raises(AssertionError, match=message):
             check(case)
 
@@ -70,3 +85,19 @@ def test_a_failure_tells_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> No
     command = shlex.split(failure.partition("Reproduce: ")[2])
     assert command[:3] == ["python", "-m", "tests.fuzz"]
     assert eval(command[3], vars(cases)).kind == "GRU"
+
+
+@pytest.mark.parametrize(
+    ("begun", "told"),
+    [(False, "died with -11 before its first case\n"), (True, "died with -11\nReproduce: python -m tests.fuzz GRU\n")],
+    ids=["before a case", "in a case"],
+)
+def test_a_crash_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], begun: bool, told: str
+) -> None:
+    child = tmp_path / "child"
+    child.write_text("#!/bin/sh\n" + ('eval "printf GRU >\\$$#"\n' if begun else "") + "kill -SEGV $$\n")
+    child.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(child))
+    assert watch(argparse.Namespace(seconds=1, seed=2, only=[])) == 1
+    assert capsys.readouterr().out == "seed 2\n" + told

@@ -21,10 +21,10 @@ from tests.fuzz.checks import check
 
 PATIENCE = 120  # seconds without a new case, counted while this process is not stopped itself
 FAILED = 3  # the child's answer if it has told of a case; a sanitizer's is 1
-STRATEGIES = {"module": cases.module_cases(), "keyword": cases.keyword_cases()}
+STRATEGIES = {"module": cases.module_cases(), "keyword": cases.keyword_cases(), "attention": cases.attention_cases()}
 
 
-def repeat(case: object) -> str:
+def repeat(case: cases.Case | str) -> str:
     return f"python -m tests.fuzz {shlex.quote(str(case))}"
 
 
@@ -42,9 +42,11 @@ def run(name: str, number: int, examples: int, journal: Path | None = None) -> s
         report_multiple_bugs=False,
     )
     @given(STRATEGIES[name])
-    def attempt(case: cases.ModuleCase | cases.KeywordCase) -> None:
-        if journal is not None:
-            journal.write_text(repr(case))
+    def attempt(case: cases.Case) -> None:
+        if journal is not None:  # at once, so that what reads it never finds a part
+            new = journal.with_suffix(".new")
+            new.write_text(repr(case))
+            new.replace(journal)
         try:
             check(case)
         except Exception:
@@ -89,12 +91,14 @@ def watch(arguments: argparse.Namespace) -> int:
         if process.poll() is None:
             process.kill()
             process.wait()
-            print(f"no end after {PATIENCE} s\nReproduce: {repeat(last)}")
-            return 1
-        if process.returncode not in (0, FAILED):
-            print(f"died with {process.returncode}\nReproduce: {repeat(journal.read_text())}")
-            return 1
-        return process.returncode
+            end = f"no end after {PATIENCE} s"
+        elif process.returncode in (0, FAILED):
+            return process.returncode
+        else:
+            end = f"died with {process.returncode}"
+        where = f"\nReproduce: {repeat(journal.read_text())}" if journal.exists() else " before its first case"
+        print(end + where, flush=True)
+        return 1
 
 
 def main() -> int:

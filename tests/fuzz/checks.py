@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map_only
 
 import rnnkern
-from tests.fuzz.cases import CELLS, Call, KeywordCase, ModuleCase, Spec
+from rnnkern.functional import Additive, General, attention
+from tests.fuzz.cases import CELLS, AttentionCase, Call, Case, KeywordCase, ModuleCase, Spec
 from tests.helpers import instruction_set, poisoned_memory, threads
 
 # Of the largest value: two float paths of some hundred steps. Accuracy is tested elsewhere; this tells a wrong row.
@@ -21,12 +22,12 @@ GRADIENTS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 0.5, torc
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 
 
-def check(case: ModuleCase | KeywordCase) -> None:
+def check(case: Case) -> None:
     """Raises AssertionError if the case shows a fault."""
     isa = instruction_set(case.isa) if case.isa else contextlib.nullcontext()
     with warnings.catch_warnings(), threads(case.threads), isa, poisoned_memory():
         warnings.simplefilter("ignore")
-        (check_module if isinstance(case, ModuleCase) else check_keywords)(case)
+        CHECKS[type(case)](case)
 
 
 def attempt(function: Callable[[], Any]) -> Any:
@@ -72,17 +73,18 @@ def assert_same(ours: Tensor | None, theirs: Tensor | None, allowed: dict[torch.
         assert error <= allowed[ours.dtype] * size, f"{what}: differs by {error:.3g} of {size:.3g}"
 
 
-def construct(library: Any, case: ModuleCase | KeywordCase) -> Any:
+def construct(library: Any, kind: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    options = {key: getattr(torch, value) if key == "dtype" else value for key, value in case.options.items()}
-    return getattr(library, case.kind)(*case.args, **options)
+    options = {key: getattr(torch, value) if key == "dtype" else value for key, value in options.items()}
+    return getattr(library, kind)(*args, **options)
 
 
 # Of modules, against torch.nn.
 
 
 def check_module(case: ModuleCase) -> None:
-    modules = [attempt(lambda library=library: construct(library, case)) for library in (rnnkern.nn, torch.nn)]
+    given = case.kind, case.args, case.options
+    modules = [attempt(lambda library=library: construct(library, *given)) for library in (rnnkern.nn, torch.nn)]
     if not same_outcome(*modules, "the constructor"):
         return
     ours, theirs = modules
@@ -183,9 +185,20 @@ def backward(leaves: list[Tensor]) -> None:
     """From all outputs that have a gradient, of other weight each."""
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     if wanted:
-        torch.autograd.backward(
-            wanted, [torch.linspace(-1, 1, leaf.numel()).view(leaf.shape).to(leaf.dtype) for leaf in wanted]
-        )
+        torch.autograd.backward(wanted, slopes(wanted))
+
+
+def backward_twice(leaves: list[Tensor], inputs: Any) -> None:
+    """Leaves in `grad` of every input the derivatives of its own and the others' gradients."""
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    inputs = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if wanted:
+        gradients = torch.autograd.grad(wanted, inputs, slopes(wanted), create_graph=True, allow_unused=True)
+        backward([gradient for gradient in gradients if gradient is not None])
+
+
+def slopes(tensors: list[Tensor]) -> list[Tensor]:
+    return [torch.linspace(-1, 1, t.numel()).view(t.shape).to(t.dtype) for t in tensors]
 
 
 # Of what torch.nn does not have, against the eager reference.
@@ -194,43 +207,72 @@ def backward(leaves: list[Tensor]) -> None:
 def check_keywords(case: KeywordCase) -> None:
     outcomes = []
     for backend in ("", "eager"):
-        module = construct(rnnkern.nn, case)
+        module = construct(rnnkern.nn, case.kind, case.args, case.options)
         if case.quantized:
             module = rnnkern.quantize_dynamic(module)
         module.train(case.seed % 2 == 0 and not case.quantized)
+        call = module if case.step is None else module.step
         for _ in range(case.calls):  # without a backend forced: then calls of few steps go past the dispatcher
             module.zero_grad()
-            result, arguments = guarded_call(module, case, backend)
-        outcomes.append((result, arguments, module))
-    (ours, arguments, module), (theirs, other_arguments, other) = outcomes
-    if not same_outcome(ours, theirs, "the call"):
-        return
+            x, hx, keywords = arguments = keyword_arguments(case)
+            asked = [keywords.get("out"), *(tree_leaves(hx) if keywords.get("inplace") else ())]
+            result = guarded(lambda c=call, a=(x, hx), k=keywords: c(*a, **k), arguments, asked, case, backend)
+        outcomes.append((result, (arguments, dict(module.named_parameters()))))
+    (ours, inputs), (theirs, others) = outcomes
     tolerance = {dtype: value if not case.quantized else 0.02 for dtype, value in OUTPUTS.items()}
+    kink = case.options.get("nonlinearity") == "relu" and case.options.get("dtype") in ("bfloat16", "float16")
+    leaves = same_results(ours, theirs, tolerance)
+    if leaves and same_outcome(*(attempt(lambda l=l: backward(l)) for l in leaves), "backward") and not kink:
+        same_gradients(inputs, others)
+
+
+def check_attention(case: AttentionCase) -> None:
+    outcomes = []
+    for backend in ("", "eager"):
+        for _ in range(case.calls):
+            tensors, inputs, function = attention_call(case)
+            result = guarded(function, tensors, [], case, backend)
+        outcomes.append((result, inputs))
+    (ours, inputs), (theirs, others) = outcomes
+    leaves = same_results(ours, theirs, OUTPUTS)
+    if not leaves:
+        return
+    step = backward if not case.twice else backward_twice
+    extra = [(), ()] if not case.twice else [(inputs,), (others,)]
+    results = [attempt(lambda l=l, e=e: step(l, *e)) for l, e in zip(leaves, extra)]
+    if same_outcome(*results, "backward") and case.nan in ("", "padding"):
+        same_gradients(inputs, others)
+
+
+def same_results(ours: Any, theirs: Any, tolerance: dict[torch.dtype, float]) -> list[list[Tensor]]:
+    """The tensors of both, or nothing where they are exceptions of one type; raises unless they are alike."""
+    if not same_outcome(ours, theirs, "the call"):
+        return []
     leaves = [[leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)] for result in (ours, theirs)]
     for i, (a, b) in enumerate(zip(*leaves, strict=True)):
         assert_same(a, b, tolerance, f"output {i}")
-    kink = case.options.get("nonlinearity") == "relu" and case.options.get("dtype") in ("bfloat16", "float16")
-    outcome = [attempt(lambda l=l: backward(l)) for l in leaves]
-    if not same_outcome(*outcome, "backward") or kink:
-        return
-    for i, (a, b) in enumerate(zip(tree_leaves(arguments), tree_leaves(other_arguments))):
+        # The kernels' outputs come from one node: the others may require a gradient that is zero.
+        assert i or a.requires_grad == b.requires_grad, f"output {i}: requires_grad {a.requires_grad}"
+    return leaves
+
+
+def same_gradients(ours: Any, theirs: Any) -> None:
+    """Of every tensor among the arguments."""
+    for (path, a), b in zip(tree_leaves_with_path(ours), tree_leaves(theirs), strict=True):
         if isinstance(a, Tensor):
-            assert_same(a.grad, b.grad, GRADIENTS, f"gradient of argument {i}")
-    for (name, a), b in zip(module.named_parameters(), other.parameters()):
-        assert_same(a.grad, b.grad, GRADIENTS, f"gradient of {name}")
+            assert_same(a.grad, b.grad, GRADIENTS, f"gradient of {keystr(path)}")
 
 
-def guarded_call(module: Any, case: KeywordCase, backend: str) -> tuple[Any, tuple[Any, ...]]:
-    """The outcome and the arguments, whose memory was only written where that was asked for."""
-    x, hx, keywords = arguments = keyword_arguments(case)
+def guarded(
+    function: Callable[[], Any], arguments: Any, asked: list[Any], case: KeywordCase | AttentionCase, backend: str
+) -> Any:
+    """The outcome; of the arguments' memory only that of the tensors that were asked for may have been written."""
     guards = [Guarded(tensor) for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor)]
-    call = module if case.step is None else module.step
     with rnnkern.backend(backend) if backend else contextlib.nullcontext(), MODES[case.mode]():
-        result = attempt(lambda: call(x, hx, **keywords))
-    asked = [keywords.get("out"), *(tree_leaves(hx) if keywords.get("inplace") else ())]
+        result = attempt(function)
     for guard in guards:
         guard.check(not isinstance(result, Exception) and any(guard.tensor is tensor for tensor in asked))
-    return result, arguments
+    return result
 
 
 class Guarded:
@@ -275,3 +317,59 @@ def keyword_arguments(case: KeywordCase) -> tuple[Any, ...]:
     if case.every_state:
         keywords["return_sequence_states"] = True
     return x, hx, keywords
+
+
+def attention_call(case: AttentionCase) -> tuple[dict[str, Tensor], dict[str, Tensor], Callable[[], Any]]:
+    """The tensors given, these and the module's parameters, and the call."""
+    tensors = {name: spec.make(case.seed + i) for i, (name, spec) in enumerate(case.tensors.items())}
+    if case.lengths is not None:
+        given = case.lengths
+        tensors["lengths"] = (
+            given.make(case.seed) if isinstance(given, Spec) else torch.tensor(given, dtype=torch.int64)
+        )
+    with torch.no_grad():
+        spoil(case, tensors)
+    qkv = [tensors.get(name) for name in ("query", "key", "value")]
+    keywords = {name: tensors[name] for name in ("lengths", "key_padding_mask") if name in tensors}
+    parameters = {name: t for name, t in tensors.items() if name not in (*keywords, "query", "key", "value")}
+    module: Any = None
+    if case.module is not None:
+        kind = {"general": "GeneralAttention", "additive": "AdditiveAttention"}.get(case.score, "DotAttention")
+        options = case.options | ({"scaled": case.score == "scaled_dot"} if kind == "DotAttention" else {})
+        module = construct(rnnkern.nn, kind, case.module, options)
+
+    def call() -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
+            if module is not None:
+                projected = {"projected_key": module.project_keys(qkv[1])} if case.projected else {}
+                return module(*qkv, **keywords, **projected, need_weights=case.need_weights)
+            score = {"general": General, "additive": Additive}.get(case.score, lambda: case.score)(**parameters)
+            return attention(*qkv, score=score, **keywords, need_weights=case.need_weights)
+
+    return tensors, tensors | (dict(module.named_parameters()) if module is not None else {}), call
+
+
+def spoil(case: AttentionCase, tensors: dict[str, Tensor]) -> None:
+    """Sets one element, or all padding, to NaN."""
+    single = {
+        name: tensors[name]
+        for name, spec in case.tensors.items()
+        if spec.layout not in ("expanded", "overlapping") and tensors[name].dtype.is_floating_point
+    }
+    if case.nan in single and single[case.nan].numel():
+        single[case.nan][(0,) * single[case.nan].dim()] = float("nan")
+    key, mask, lengths = (tensors.get(name) for name in ("key", "key_padding_mask", "lengths"))
+    if case.nan != "padding" or key is None or key.dim() != 3:
+        return
+    if lengths is not None and lengths.shape == key.shape[:1]:
+        mask = torch.arange(key.shape[1]) >= lengths[:, None]
+    for name in ("key", "value"):
+        if name in single and mask is not None and mask.dtype == torch.bool and single[name].shape[:2] == mask.shape:
+            single[name].masked_fill_(mask[..., None], float("nan"))
+
+
+CHECKS: dict[type, Callable[[Any], None]] = {
+    ModuleCase: check_module,
+    KeywordCase: check_keywords,
+    AttentionCase: check_attention,
+}
