@@ -131,7 +131,7 @@ LENGTHS = st.one_of(st.integers(1, 6), st.sampled_from([15, 16, 17, 40]))
 BATCHES = st.one_of(st.integers(1, 5), st.sampled_from([15, 16, 17, 18, 33]))
 DTYPES = st.sampled_from(["float32"] * 4 + ["float64", "bfloat16", "float16"])
 MODES = st.sampled_from(["grad", "grad", "no_grad", "inference"])
-CHANGES = mostly(st.just(""), "add_", "data", "load", "replace", "transpose", "freeze", "tie", "double", one_in=4)
+CHANGES = mostly(st.just(""), "neg_", "data", "load", "replace", "transpose", "freeze", "tie", "double", one_in=4)
 ISA = st.sampled_from(["", *ISAS])
 THREADS = st.sampled_from([1, 1, 2, 3])
 

@@ -104,8 +104,8 @@ def change(module: torch.nn.Module, call: Call) -> None:
     parameters = dict(module.named_parameters())
     with torch.no_grad():
         for name, p in parameters.items():
-            if call.change == "add_":
-                p.add_(0.1)
+            if call.change == "neg_":  # not what grows with every call: recurrences would diverge
+                p.neg_()
             elif call.change == "data":
                 p.data.mul_(0.5)
             elif call.change == "replace":
