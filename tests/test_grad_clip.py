@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import rnnkern
@@ -90,6 +91,26 @@ def test_nan_stays_and_what_is_huge_does_not(backend: str) -> None:
     found = layer.run(backend)
     assert found["dx"][1, 0].isnan().all()
     assert found["dx"][:, 1].abs().max() < 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_norm_of_what_is_huge_or_nan(dtype: torch.dtype) -> None:
+    """A gradient of which only the direction counts arrives with the limit's norm, however large; NaN stays."""
+    limit, largest = 0.5, min(torch.finfo(dtype).max / 4, 1e100)
+    module = rnnkern.nn.GRU(I, H, grad_clip_norm=limit, dtype=dtype)
+    plain = rnnkern.nn.GRU(I, H, dtype=dtype)
+    plain.load_state_dict(module.state_dict())
+    x, h_0 = torch.randn(T, 3, I, dtype=dtype), torch.zeros(1, 3, H, dtype=dtype)
+    direction = torch.zeros(T, 3, H, dtype=dtype)
+    direction[1, :, 2] = 1
+    scales = torch.tensor([largest, 1e3, 1.0], dtype=dtype)[:, None]
+    given = direction * scales
+    given[0, 2, 0] = math.nan
+    none = torch.zeros_like(h_0)
+    found, expected = (backward(m, x, h_0, [d, none])["x"] for m, d in ((module, given), (plain, direction * limit)))
+    assert expected[:2, :2].any()
+    torch.testing.assert_close(found[:, :2], expected[:, :2])
+    assert found[0, 2].isnan().all()
 
 
 @needs_kernels
@@ -228,12 +249,52 @@ def test_limits_are_positive(option: str, limit: float) -> None:
             rnnkern.nn.GRU(I, H, **{option: given})
 
 
-def test_compiled() -> None:
-    module = rnnkern.nn.GRU(I, H, grad_clip=0.1, grad_clip_norm=1.0, dtype=torch.float64)
-    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("what", ["plain", "packed", "resets"])
+def test_compiled(what: str) -> None:
+    options = {"learn_initial_state": True} if what == "resets" else {}
+    module = rnnkern.nn.GRU(I, H, grad_clip=0.1, grad_clip_norm=1.0, dtype=torch.float64, **options)
+    data = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    x: Any = pack_padded_sequence(data, torch.tensor([T, 5, 5, 1])) if what == "packed" else data
+    given = {"resets": torch.rand(T, B) < 0.3} if what == "resets" else {}
     run = torch.compile(module, fullgraph=True, backend="aot_eager")
-    found, expected = (torch.autograd.grad(f(x)[0].sum(), x) for f in (run, module))
+    found, expected = (
+        torch.autograd.grad(torch.utils._pytree.tree_leaves(f(x, **given))[0].sum(), data, retain_graph=True)
+        for f in (run, module)
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("option", ["grad_clip", "grad_clip_norm"])
+def test_batches_of_cotangents(option: str) -> None:
+    module = rnnkern.nn.LSTM(I, H, dtype=torch.float64, **{option: 0.1})
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    y, (h_n, _) = module(x, lengths=torch.tensor([T, 0, 2, 3]))
+    inputs = [x, *module.parameters()]
+    dy, dh = torch.randn(3, *y.shape, dtype=torch.float64), torch.randn(3, *h_n.shape, dtype=torch.float64)
+    found = torch.autograd.grad((y, h_n), inputs, (dy, dh), retain_graph=True, is_grads_batched=True)
+    for i in range(3):
+        expected = torch.autograd.grad((y, h_n), inputs, (dy[i], dh[i]), retain_graph=True)
+        torch.testing.assert_close([gradient[i] for gradient in found], list(expected))
+
+
+@pytest.mark.parametrize("option", ["grad_clip", "grad_clip_norm"])
+def test_forward_mode(option: str) -> None:
+    """As docs/compatibility.md says: torch.func.jvp passes the limit of a norm by."""
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    plain = rnnkern.nn.GRU(I, H, dtype=torch.float64)
+    module = rnnkern.nn.GRU(I, H, dtype=torch.float64, **{option: 0.1})
+    module.load_state_dict(plain.state_dict())
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        module(forward_ad.make_dual(x, x))
+
+    def tangents(m: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(lambda x: m(x)[0], (x,), (x,))
+
+    if option == "grad_clip":
+        with pytest.raises(NotImplementedError, match="jvp"):
+            tangents(module)
+    else:
+        torch.testing.assert_close(tangents(module), tangents(plain), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -63,6 +63,35 @@ def test_gradients_per_sample(kind: str) -> None:
             torch.testing.assert_close(per_sample[name][b], p.grad)
 
 
+@pytest.mark.parametrize("options", [{}, {"grad_clip_norm": 0.1}], ids=["", "grad_clip_norm"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_per_sample_of_a_padded_batch(kind: str, options: dict[str, Any]) -> None:
+    module, x = module_and_input(kind, bidirectional=True, **options)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+    lengths = torch.tensor([T, 0, 2])
+
+    def padded(parameters: dict[str, Tensor], row: Tensor, length: Tensor) -> Tensor:
+        y, _ = functional_call(module, parameters, (row.unsqueeze(1),), {"lengths": length.unsqueeze(0)})
+        return y.pow(2).sum()
+
+    per_sample = vmap(grad(padded), in_dims=(None, 1, 0))
+    found = per_sample(parameters, x, lengths)
+    for b in range(B):
+        module.zero_grad()
+        module(x[:, b : b + 1], lengths=lengths[b : b + 1])[0].pow(2).sum().backward()
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(found[name][b], p.grad)
+    with pytest.raises(RuntimeError, match=f"lengths must be within 0 and the number of steps {T}, got {T + 1}"):
+        per_sample(parameters, x, lengths + 1)
+
+
+def test_what_vmap_cannot_do() -> None:
+    """As docs/compatibility.md says."""
+    module, x = module_and_input("GRU", learn_initial_state=True)
+    with pytest.raises(RuntimeError, match="nonzero"):
+        vmap(lambda row, resets: module(row, resets=resets)[0], in_dims=1)(x, torch.rand(T, B) < 0.3)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_mode_agrees_with_reverse_mode(kind: str) -> None:
     module, x = module_and_input(kind)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops.recurrence import Outputs
 
 
@@ -29,13 +30,23 @@ def clip_sequences(outputs: Outputs, lengths: Tensor | None, limit: float) -> Ou
         return outputs
     y, h_n, c_n, c_all = outputs
     B = h_n.shape[1]
-    steps = y.shape[0] if y.dim() == 3 else int(lengths[0]) if lengths is not None and B > 0 else 0
-    rows = torch.arange(B).expand(steps, B)  # the sequence that a step belongs to; B for padding
-    if lengths is not None:
-        alive = torch.arange(steps)[:, None] < lengths
-        rows = rows[alive] if y.dim() == 2 else torch.where(alive, rows, B)
-    result: Outputs = _apply(y, h_n, c_n, c_all, rows.flatten().to(y.device), limit)
+    if y.dim() == 3:
+        T = y.shape[0]
+        rows = torch.arange(B).expand(T, B)  # the sequence that a step belongs to; B for padding
+        if lengths is not None:
+            rows = torch.where(torch.arange(T)[:, None] < lengths, rows, B)
+    else:
+        assert lengths is not None
+        rows = _owners(lengths, y.shape[0])
+    result: Outputs = _apply(y, h_n, c_n, c_all, rows.reshape(-1).to(y.device), limit)
     return result
+
+
+def _owners(lengths: Tensor, N: int) -> Tensor:
+    """The sequence that each of N packed rows belongs to; no size depends on the values of lengths, for compilers."""
+    row = torch.arange(lengths.shape[0]).repeat_interleave(lengths, output_size=N)  # one sequence after the other
+    t = torch.arange(N) - (lengths.cumsum(0) - lengths)[row]
+    return row[t.argsort(stable=True)]
 
 
 class _ClipSequences(torch.autograd.Function):
@@ -55,16 +66,18 @@ class _ClipSequences(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
         (rows,) = ctx.saved_tensors
-        given = [(i, d) for i, d in enumerate(gradients) if d is not None and d.numel() > 0]
+        given = [(i, d) for i, d in enumerate(gradients) if d is not None and d.dim() > 1]  # [0]: there is none
         if not given:
             return (*gradients, None, None)
         states = torch.arange(ctx.B, device=rows.device)
         owners = [states.expand(d.shape[:-1]) if i in (1, 2) else rows.view(d.shape[:-1]) for i, d in given]
-        squares = rows.new_zeros(ctx.B + 1, dtype=torch.promote_types(given[0][1].dtype, torch.float32))
+        squares = rows.new_zeros(ctx.B + 1, dtype=torch.float64)  # in float32 those of 2e19 are infinite
         for (_, d), owner in zip(given, owners):
-            squares = squares.index_add(0, owner.flatten(), d.to(squares.dtype).square().sum(-1).flatten())
+            norms = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float64)
+            squares = squares.index_add(0, owner.reshape(-1), norms.square().reshape(-1))
         long = squares > ctx.limit**2
         factors = torch.where(long, ctx.limit * torch.where(long, squares, 1).rsqrt(), 1)
+        factors = factors.to(compute_dtype(given[0][1].dtype))
         result = list(gradients)
         for (i, d), owner in zip(given, owners):
             result[i] = (d * factors[owner].unsqueeze(-1)).to(d.dtype)

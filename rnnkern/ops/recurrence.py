@@ -212,7 +212,10 @@ def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
         raise RuntimeError("lengths must hold values, got a tensor on the meta device")
     lengths = lengths.detach().to("cpu", torch.int64)
     if B > 0 and not torch.compiler.is_compiling():  # a traced program cannot look at values: the kernels refuse
-        low, high = (int(v) for v in lengths.aminmax())
+        values = lengths
+        while torch._C._functorch.is_functorch_wrapped_tensor(values):  # vmap lets nobody look but at all samples
+            values = torch._C._functorch.get_unwrapped(values)
+        low, high = (int(v) for v in values.aminmax())
         if low < 0 or high > T:
             raise RuntimeError(f"lengths must be within 0 and the number of steps {T}, got {low if low < 0 else high}")
     return lengths.contiguous()
