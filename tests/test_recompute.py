@@ -107,6 +107,23 @@ def test_with_everything_else() -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("call", ["y", "h_n", "packed"])
+def test_batches_of_cotangents(call: str) -> None:
+    """As torch.autograd.functional.jacobian(vectorize=True) gives them."""
+    plain, module = pair("LSTM", 4, bidirectional=True, dtype=torch.float64)
+    data = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    h_0, c_0 = (torch.randn(2, B, H, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    x: Any = pack_padded_sequence(data, LENGTHS.clamp(min=1), enforce_sorted=False) if call == "packed" else data
+    results = []
+    for m in (plain, module):
+        leaves = tree_leaves(m(x, (h_0, c_0)))
+        out = leaves[-2] if call == "h_n" else leaves[0]
+        cotangents = torch.linspace(-1, 1, 3 * out.numel(), dtype=out.dtype).view(3, *out.shape)
+        inputs = [data, h_0, c_0, *m.parameters()]
+        results.append(torch.autograd.grad(out, inputs, cotangents, retain_graph=True, is_grads_batched=True))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_gradients(kind: str) -> None:
     """With a state that is a function of the input: each path counts once."""

@@ -167,8 +167,8 @@ class _Segmented(torch.autograd.Function):
             return (None, *grad_of(outputs, cotangents, wanted, create_graph=True))
         dy, dh_n, dc_n, dc_all = cotangents
         D, B, _ = h0.shape
-        dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needed[0] else None
-        dh0, dc0 = torch.zeros_like(h0), None if c0 is None else torch.zeros_like(c0)
+        dx = None
+        starts: list[list[Tensor]] = [[], []]  # gradients of h0 and c0, of each direction
         # Of 16-bit weights the sum over segments would be in 16 bits, too.
         compute = compute_dtype(x.dtype)
         sums = [torch.zeros_like(t, dtype=compute) if need else None for t, need in zip(tensors, needed[3:])]
@@ -185,16 +185,16 @@ class _Segmented(torch.autograd.Function):
                     outputs = plan.run(segment, d, *leaves[:3], leaves[3:])
                 dy_rows, dc_rows = (None if g is None else g[segment.rows].chunk(D, -1)[d] for g in (dy, dc_all))
                 found = grad_of(outputs, (dy_rows, dh, dc, dc_rows), wanted, create_graph=False)
-                if dx is not None and found[0] is not None:
+                if found[0] is not None:
+                    dx = found[0].new_zeros(x.shape) if dx is None else dx  # where cotangents are a batch, it is one
                     dx[segment.rows] += found[0]
                 dh, dc = found[1:3]
-                for total, part in zip(sums, found[3:]):
-                    if total is not None and part is not None:
-                        total += part
-            if dh is not None:
-                dh0[d] = dh[0]
-            if dc is not None and dc0 is not None:
-                dc0[d] = dc[0]
+                # Not in place: only the parts may be a batch.
+                sums = [s if s is None or part is None else s + part for s, part in zip(sums, found[3:])]
+            for start, state, given in zip(starts, (h0, c0), (dh, dc)):
+                if state is not None:
+                    start.append(torch.zeros_like(state[d : d + 1]) if given is None else given)
+        dh0, dc0 = (torch.cat(start) if start else None for start in starts)
         return (None, dx, dh0, dc0, *(None if s is None else s.to(x.dtype) for s in sums))
 
 
