@@ -121,6 +121,27 @@ def assert_backwards(model: nn.Module) -> None:
         assert_gradients(model, expected)
 
 
+def assert_same_outputs(model: nn.Module, alone: nn.Module) -> None:
+    """Calls without gradients give this process's rows of what one process computes."""
+    x = batch()
+    with torch.no_grad():
+        for _ in range(3):  # in eval mode the weights are packed in the last
+            torch.testing.assert_close(model(mine(x)), alone(x).chunk(WORLD)[dist.get_rank()])
+
+
+def assert_trains(model: nn.Module, alone: nn.Module) -> None:
+    """After every step of Adam both compute the same."""
+    x = batch()
+    ours, theirs = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, alone))
+    for _ in range(3):
+        ours.zero_grad()
+        loss(model(mine(x))).backward()
+        ours.step()
+        gradients(alone, x)
+        theirs.step()
+        assert_same_outputs(model, alone)
+
+
 def assert_checkpointing(distribute: Callable[[nn.Module, bool], nn.Module]) -> None:
     """So does a backward that runs the modules again; `distribute` takes a model and use_reentrant."""
     x = batch().requires_grad_()
@@ -146,17 +167,9 @@ def ddp(_: Path) -> None:
 
 @check
 def ddp_trains(_: Path) -> None:
-    x, alone, model = batch(), make_model(), DistributedDataParallel(make_model())
-    ours, theirs = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, alone))
-    for _ in range(3):
-        ours.zero_grad()
-        loss(model(mine(x))).backward()
-        ours.step()
-        gradients(alone, x)
-        theirs.step()
-    with torch.no_grad():
-        for _ in range(3):  # the weights are packed in the last
-            torch.testing.assert_close(model.eval()(mine(x)), alone.eval()(x).chunk(WORLD)[dist.get_rank()])
+    alone, model = make_model(), DistributedDataParallel(make_model())
+    assert_trains(model, alone)
+    assert_same_outputs(model.eval(), alone.eval())
 
 
 @check
@@ -207,29 +220,16 @@ def fsdp_checkpointing(_: Path) -> None:
 @check
 def fsdp_trains(_: Path) -> None:
     """Between calls FSDP frees the gathered weights; packs made of them must not outlive an update."""
-    x, alone, model = batch(), make_model(), shard(make_model())
-    ours, theirs = (torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, alone))
-    for training in (True, False):
-        for m in (model, alone):
-            m.train(training)
-        for _ in range(3):
-            ours.zero_grad()
-            loss(model(mine(x))).backward()
-            ours.step()
-            gradients(alone, x)
-            theirs.step()
-            with torch.no_grad():
-                for _ in range(3):
-                    torch.testing.assert_close(model(mine(x)), alone(x).chunk(WORLD)[dist.get_rank()])
-    model.eval()
+    alone, model = make_model(), shard(make_model())
+    assert_trains(model, alone)
+    assert_trains(model.eval(), alone.eval())
     for seed in (3, 4):  # without a call in training mode between
         other = make_model(seed).eval()
         with torch.no_grad():
             for p, value in zip(model.parameters(), other.parameters()):
                 local = DTensor.from_local(value.detach(), p.device_mesh).redistribute(placements=p.placements)
                 p.copy_(local)
-            for _ in range(3):
-                torch.testing.assert_close(model(mine(x)), other(x).chunk(WORLD)[dist.get_rank()])
+        assert_same_outputs(model, other)
 
 
 @check

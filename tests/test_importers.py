@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import rnnkern
 from rnnkern.importers import from_flax, from_keras
 
 B, T, I, H = 3, 5, 4, 6
@@ -302,7 +301,3 @@ def test_flax_cells(flax: Any, name: str) -> None:
     np.testing.assert_allclose(run(from_flax(variables), x), expected, rtol=1e-4, atol=1e-5)
     half = jax.tree.map(lambda array: array.astype("bfloat16"), variables)
     assert from_flax(half).weight_ih_l0.dtype == torch.float32
-
-
-def test_it_is_part_of_the_package() -> None:
-    assert rnnkern.importers.from_keras is from_keras

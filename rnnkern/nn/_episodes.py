@@ -23,7 +23,7 @@ class Episodes:
         D: int,
     ) -> None:
         self._shape = T, B = resets.shape
-        self._device = device = resets.device
+        device = resets.device
         alive = torch.ones(B, T, dtype=torch.bool) if lengths is None else torch.arange(T) < lengths[:, None]
         replaced = resets.cpu().t() & alive  # [B, T]
         begins = replaced.clone()
