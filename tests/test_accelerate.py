@@ -1,10 +1,8 @@
 """Swapping a model's recurrent modules in place, what is left alone and why, and swapping back."""
 
 import copy
-import doctest
 import io
 import pickle
-import sys
 from typing import Any
 
 import pytest
@@ -286,12 +284,6 @@ def test_random_numbers_are_not_drawn() -> None:
     torch.manual_seed(2)
     rnnkern.accelerate(model)
     assert torch.equal(torch.rand(1), expected)
-
-
-def test_examples_run() -> None:
-    result = doctest.testmod(sys.modules["rnnkern._accelerate"])
-    assert result.attempted > 0
-    assert result.failed == 0
 
 
 def test_restore_refuses_what_wraps_our_forward() -> None:

@@ -1,12 +1,23 @@
-"""The documents: their Python examples run, and their links lead somewhere."""
+"""The documents and docstrings: their Python examples run, and their links lead somewhere."""
 
+import doctest
+import importlib
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
+import rnnkern
+from tests.helpers import needs_kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = [
+    found.name
+    for found in pkgutil.walk_packages(rnnkern.__path__, "rnnkern.")
+    if found.name.rpartition(".")[2] not in ("_C", "librnnkern", "__main__")  # compiled, or a program
+]
 EXAMPLES = [page for page in PAGES if "```python" in page.read_text()]
 
 
@@ -19,6 +30,17 @@ def test_examples_run(page: Path) -> None:
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(block, str(page), "exec"), names)
+
+
+def test_there_are_modules_with_examples() -> None:
+    assert {"rnnkern._enable", "rnnkern.nn.recurrent", "rnnkern.seq2seq.decoder"} < set(MODULES)
+
+
+@needs_kernels  # some ask for them by name
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.usefixtures("disabled_afterwards")
+def test_examples_of_docstrings_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,8 +1,5 @@
 """Encoder, decoder and loss: shapes, padding, steps against teacher forcing, gradients, bad input."""
 
-import doctest
-import sys
-
 import pytest
 import torch
 
@@ -347,10 +344,3 @@ def test_nan_in_a_weight_reaches_the_loss() -> None:
     with torch.no_grad():
         model.encoder.embedding.weight[int(source[0, 1]), 0] = float("nan")
     assert model.loss(source, target, lengths).isnan()
-
-
-@pytest.mark.parametrize("name", ["encoder", "decoder", "model", "search"])
-def test_docstring_examples_run(name: str) -> None:
-    result = doctest.testmod(sys.modules[f"rnnkern.seq2seq.{name}"])
-    assert result.attempted > 0
-    assert result.failed == 0
