@@ -88,6 +88,7 @@ class KeywordCase:
     step: str | None = None  # "", "out", "inplace" or both: step is called, not the module
     out: Spec | None = None
     quantized: bool = False
+    autocast: bool = False
     mode: str = "grad"
     calls: int = 1
     threads: int = 1
@@ -234,6 +235,19 @@ def module_cases(draw: Any) -> ModuleCase:
 
 
 @st.composite
+def own_options(draw: Any, kind: str) -> dict[str, Any]:
+    """Of what constructors take besides torch's arguments, some."""
+    choices: dict[str, st.SearchStrategy[Any]] = {}
+    if kind.startswith("GRU"):
+        choices["reset_after"] = st.booleans()
+    if kind in LAYERS:
+        limits = st.sampled_from([0.01, 0.3, 1e6])
+        choices |= {"grad_clip": limits, "grad_clip_norm": limits}
+        choices |= {"learn_initial_state": st.booleans(), "checkpoint_every": st.integers(1, 20)}
+    return {name: draw(values) for name, values in choices.items() if draw(st.integers(0, 4)) == 0}
+
+
+@st.composite
 def keyword_cases(draw: Any) -> KeywordCase:
     kind = draw(st.sampled_from(LAYERS * 3 + CELLS))
     I, H, T, B = draw(SIZES), draw(SIZES), draw(LENGTHS), draw(mostly(BATCHES, 0, one_in=20))
@@ -253,6 +267,8 @@ def keyword_cases(draw: Any) -> KeywordCase:
         chosen["bidirectional"] = draw(mostly(st.just(False), True, one_in=3 if step is None else 20))
     if kind == "LSTM" and not quantized and draw(st.integers(0, 5)) == 0:
         chosen["proj_size"] = 1 + H // 2 if H > 2 else 0
+    if not quantized:
+        chosen |= draw(own_options(kind))
     batched = draw(mostly(st.just(True), False, one_in=6))
     batch = (B,) if batched else ()
     time = () if step is not None else (T,)
@@ -265,6 +281,7 @@ def keyword_cases(draw: Any) -> KeywordCase:
         draw(states(kind, state_shapes(kind, H, chosen, batch), dtype, "inplace" in (step or ""))),
         step=step,
         quantized=bool(quantized),
+        autocast=not quantized and kind in LAYERS and draw(mostly(st.just(False), True, one_in=8)),
         mode=draw(mostly(st.sampled_from(["no_grad", "inference"]), "grad", one_in=10) if quantized or step else MODES),
         calls=draw(st.sampled_from([1, 1, 3])),
         threads=draw(THREADS),
@@ -274,7 +291,7 @@ def keyword_cases(draw: Any) -> KeywordCase:
     if step is not None:
         out = draw(specs((*batch, H), dtype, written=True)) if "out" in step and kind in LAYERS else None
         return KeywordCase(**vars(case) | {"out": out})
-    more: dict[str, Any] = {"every_state": kind == "LSTM" and draw(st.booleans())}
+    more: dict[str, Any] = {"every_state": draw(st.booleans())}
     if draw(st.booleans()):
         more["lengths"] = tuple(draw(st.integers(0, T)) for _ in range(B))
         wrong = (Spec((B,), "float32"), Spec((B, 1), "int64"), (T + 1,) * B, (-1,) * B, (2**62,) * B, (T,) * (B + 1))

@@ -207,7 +207,14 @@ def slopes(tensors: list[Tensor]) -> list[Tensor]:
 def check_keywords(case: KeywordCase) -> None:
     outcomes = []
     for backend in ("", "eager"):
-        module = construct(rnnkern.nn, case.kind, case.args, case.options)
+        options = dict(case.options)
+        if backend == "eager":
+            options.pop("checkpoint_every", None)  # nothing but the memory needed depends on it
+        module = construct(rnnkern.nn, case.kind, case.args, options)
+        if options.get("learn_initial_state"):
+            for state in (module.h_0, getattr(module, "c_0", None)):  # which are zero
+                if state is not None:
+                    torch.nn.init.uniform_(state, -1, 1)
         if case.quantized:
             module = rnnkern.quantize_dynamic(module)
         module.train(case.seed % 2 == 0 and not case.quantized)
@@ -219,11 +226,16 @@ def check_keywords(case: KeywordCase) -> None:
             result = guarded(lambda c=call, a=(x, hx), k=keywords: c(*a, **k), arguments, asked, case, backend)
         outcomes.append((result, (arguments, dict(module.named_parameters()))))
     (ours, inputs), (theirs, others) = outcomes
-    tolerance = {dtype: value if not case.quantized else 0.02 for dtype, value in OUTPUTS.items()}
-    kink = case.options.get("nonlinearity") == "relu" and case.options.get("dtype") in ("bfloat16", "float16")
-    leaves = same_results(ours, theirs, tolerance)
+    outputs, gradients = OUTPUTS, GRADIENTS
+    if case.quantized:
+        outputs = dict.fromkeys(OUTPUTS, 0.02)
+    elif case.autocast:  # of whatever dtype, they are as accurate as bfloat16
+        outputs, gradients = (dict.fromkeys(table, table[torch.bfloat16]) for table in (OUTPUTS, GRADIENTS))
+    low = case.autocast or case.options.get("dtype") in ("bfloat16", "float16")
+    kink = case.options.get("nonlinearity") == "relu" and low
+    leaves = same_results(ours, theirs, outputs)
     if leaves and same_outcome(*(attempt(lambda l=l: backward(l)) for l in leaves), "backward") and not kink:
-        same_gradients(inputs, others)
+        same_gradients(inputs, others, gradients)
 
 
 def check_attention(case: AttentionCase) -> None:
@@ -241,7 +253,7 @@ def check_attention(case: AttentionCase) -> None:
     extra = [(), ()] if not case.twice else [(inputs,), (others,)]
     results = [attempt(lambda l=l, e=e: step(l, *e)) for l, e in zip(leaves, extra)]
     if same_outcome(*results, "backward") and case.nan in ("", "padding"):
-        same_gradients(inputs, others)
+        same_gradients(inputs, others, GRADIENTS)
 
 
 def same_results(ours: Any, theirs: Any, tolerance: dict[torch.dtype, float]) -> list[list[Tensor]]:
@@ -256,11 +268,11 @@ def same_results(ours: Any, theirs: Any, tolerance: dict[torch.dtype, float]) ->
     return leaves
 
 
-def same_gradients(ours: Any, theirs: Any) -> None:
+def same_gradients(ours: Any, theirs: Any, tolerance: dict[torch.dtype, float]) -> None:
     """Of every tensor among the arguments."""
     for (path, a), b in zip(tree_leaves_with_path(ours), tree_leaves(theirs), strict=True):
         if isinstance(a, Tensor):
-            assert_same(a.grad, b.grad, GRADIENTS, f"gradient of {keystr(path)}")
+            assert_same(a.grad, b.grad, tolerance, f"gradient of {keystr(path)}")
 
 
 def guarded(
@@ -268,7 +280,8 @@ def guarded(
 ) -> Any:
     """The outcome; of the arguments' memory only that of the tensors that were asked for may have been written."""
     guards = [Guarded(tensor) for tensor in tree_leaves(arguments) if isinstance(tensor, Tensor)]
-    with rnnkern.backend(backend) if backend else contextlib.nullcontext(), MODES[case.mode]():
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=case.autocast)
+    with rnnkern.backend(backend) if backend else contextlib.nullcontext(), MODES[case.mode](), autocast:
         result = attempt(function)
     for guard in guards:
         guard.check(not isinstance(result, Exception) and any(guard.tensor is tensor for tensor in asked))
@@ -339,12 +352,11 @@ def attention_call(case: AttentionCase) -> tuple[dict[str, Tensor], dict[str, Te
         module = construct(rnnkern.nn, kind, case.module, options)
 
     def call() -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-            if module is not None:
-                projected = {"projected_key": module.project_keys(qkv[1])} if case.projected else {}
-                return module(*qkv, **keywords, **projected, need_weights=case.need_weights)
-            score = {"general": General, "additive": Additive}.get(case.score, lambda: case.score)(**parameters)
-            return attention(*qkv, score=score, **keywords, need_weights=case.need_weights)
+        if module is not None:
+            projected = {"projected_key": module.project_keys(qkv[1])} if case.projected else {}
+            return module(*qkv, **keywords, **projected, need_weights=case.need_weights)
+        score = {"general": General, "additive": Additive}.get(case.score, lambda: case.score)(**parameters)
+        return attention(*qkv, score=score, **keywords, need_weights=case.need_weights)
 
     return tensors, tensors | (dict(module.named_parameters()) if module is not None else {}), call
 
