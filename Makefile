@@ -52,7 +52,7 @@ fuzz: build
 
 programs:
 	$(alone) $(VENV)/.stamp-programs
-	@$(python) -m pytest -s tests/test_programs.py $(ARGS)
+	@$(python) -m pytest -s tests/test_programs.py tests/test_importers.py $(ARGS)
 
 bench: build
 	@$(python) -m benchmarks.report $(ARGS)
@@ -97,9 +97,10 @@ asan: build
 	rm -f build/asan/package/rnnkern/*.so; cmake --install build/asan >build/asan.log || { cat build/asan.log; exit 1; }; \
 	cd build/asan/package; export ASAN_OPTIONS=detect_leaks=0; \
 	preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"; \
-	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m tests.fuzz --seconds 20 --seed 1 & \
-	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m pytest -k "not ($(asan_less))" $(asan_tests); \
-	wait $$!
+	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m tests.fuzz --seconds 20 --seed 1 >fuzz.log 2>&1 & \
+	fuzzer=$$!; status=0; \
+	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m pytest -k "not ($(asan_less))" $(asan_tests) || status=$$?; \
+	wait $$fuzzer || status=$$?; cat fuzz.log; exit $$status
 
 # Threads are started in the engines and in the team only.
 tsan: tools
@@ -147,7 +148,7 @@ $(VENV)/.stamp-build: $(VENV)/.stamp-env pyproject.toml $(sources)
 
 # torch is named again, so that no program brings another; silero-vad needs torchaudio for files only.
 $(VENV)/.stamp-programs: $(VENV)/.stamp-build
-	@echo "installing programs"; $(pip) --no-build-isolation '$(torch)' -e '.[programs]'; $(pip) --no-deps silero-vad; touch $@
+	@echo "installing programs"; $(pip) --no-build-isolation '$(torch)' -e '.[programs,importers]'; $(pip) --no-deps silero-vad; touch $@
 
 $(VENV)/.stamp-lint: $(VENV)/.stamp-build
 	@echo "installing the linters"; $(pip) --no-build-isolation -e '.[lint]'; touch $@
