@@ -1,6 +1,7 @@
 // A layer in double, written as the definition reads: one row after another, one unit after another.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "cells/cell.h"
@@ -16,6 +17,7 @@ struct Problem {
   std::vector<uint8_t> resets;   // [T, B] or empty
   Vector x, h0, c0;              // [T, B, I], [D, B, H], [D, B, H]
   Vector w_ih[2], w_hh[2], b_ih[2], b_hh[2];
+  double clip = 0;  // as in LayerGradients
 };
 
 struct Result {
@@ -106,6 +108,10 @@ Result reference_layer(const Problem& p, const OutputGradients& out) {
           for (int k = 0; k < Cell::kSaved; ++k) kept[k] = saved[step][u * Cell::kSaved + k];
           Cell::backward(kept, old, dnext, dgx, dgh, dold);
           for (int g = 0; g < G; ++g) {
+            if (p.clip > 0) {
+              dgx[g] = std::min(std::max(dgx[g], -p.clip), p.clip);
+              dgh[g] = std::min(std::max(dgh[g], -p.clip), p.clip);
+            }
             const int64_t row = g * H + u;
             r.db_ih[d][row] += dgx[g];
             r.db_hh[d][row] += dgh[g];

@@ -173,6 +173,7 @@ Buffers<T> run_layer(int cell, const Problem& p, const OutputGradients& out, con
     grad.weights[d] = {b.dw[4 * d].data(), b.dw[4 * d + 1].data(), b.dw[4 * d + 2].data(), b.dw[4 * d + 3].data()};
   }
   grad.need_dw = true;
+  grad.clip = p.clip;
   layer_backward(cell, in, grad, parallel);
   return b;
 }
@@ -181,11 +182,12 @@ struct Case {
   int64_t T, B, I, H;
   int D;
   bool lengths, resets;
+  double clip = 0;
 };
 
 template <class Cell>
 Problem make_problem(const Case& c, unsigned seed) {
-  Problem p{c.T, c.B, c.I, c.H, c.D, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  Problem p{c.T, c.B, c.I, c.H, c.D, {}, {}, {}, {}, {}, {}, {}, {}, {}, c.clip};
   for (int64_t b = 0; b < c.B; ++b) p.lengths.push_back(c.lengths ? (b * 7 + 3) % (c.T + 1) : c.T);
   if (c.resets) {
     for (int64_t i = 0; i < c.T * c.B; ++i) p.resets.push_back(i * 5 % 7 == 0);
@@ -206,7 +208,8 @@ Problem make_problem(const Case& c, unsigned seed) {
 
 std::string words(const std::string& name, const Case& c) {
   return name + " T" + std::to_string(c.T) + " B" + std::to_string(c.B) + " I" + std::to_string(c.I) + " H" +
-         std::to_string(c.H) + " D" + std::to_string(c.D) + (c.lengths ? " lengths" : "") + (c.resets ? " resets" : "");
+         std::to_string(c.H) + " D" + std::to_string(c.D) + (c.lengths ? " lengths" : "") +
+         (c.resets ? " resets" : "") + (c.clip > 0 ? " clip" : "");
 }
 
 template <class Cell, class T>
@@ -351,7 +354,7 @@ void check_cell(const std::string& name) {
       {4, 40, 24, 48, 1, false, false}, {5, 35, 20, 40, 2, true, true},   {5, 19, 33, 64, 1, true, false},
       {40, 1, 70, 96, 1, false, true},  {30, 9, 40, 60, 2, true, true},   {2, 70, 300, 50, 1, true, true},
       {33, 8, 20, 64, 1, false, false}, {0, 3, 4, 5, 1, false, false},    {4, 3, 0, 20, 1, true, true},
-      {300, 2, 8, 20, 1, true, true},   {2, 3, 600, 560, 2, false, true},
+      {300, 2, 8, 20, 1, true, true},   {2, 3, 600, 560, 2, false, true}, {9, 5, 12, 33, 2, true, true, 0.05},
   };
   for (const Case& c : cases) {
     check_case<Cell, double>(name, c);
