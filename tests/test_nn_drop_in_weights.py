@@ -50,6 +50,67 @@ def test_a_missing_weight_is_named() -> None:
             module(input_of(kind))
 
 
+WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "weight_ih_l1_reverse", "bias_hh_l1")
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("name", WEIGHTS)
+@layers
+def test_a_weight_of_none_is_refused_as_torch_refuses_it(kind: str, name: str, warm: bool) -> None:
+    deep = not name.endswith("l0")
+    modules = pair(kind, num_layers=2 if deep else 1, bidirectional=deep)
+    for module in modules:
+        module.train(not warm)
+        with torch.set_grad_enabled(not warm):
+            for _ in range(4 * warm):
+                module(input_of(kind))
+            setattr(module, name, None)
+            theirs = AttributeError if name == "weight_ih_l0" else TypeError
+            with pytest.raises(theirs, match=name if module is modules[0] else None):
+                module(input_of(kind))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: rnnkern.nn.GRU(I, H, checkpoint_every=2),
+        lambda: rnnkern.nn.GRU(I, H, reset_after=False),
+        lambda: rnnkern.nn.LSTM(I, H, proj_size=2),
+        lambda: rnnkern.nn.LSTM(I, H, learn_initial_state=True),
+        lambda: rnnkern.nn.QuantizedGRU(I, H),
+        lambda: rnnkern.nn.GRU(I, H, bias=False),
+    ],
+    ids=["checkpoint_every", "reset_after", "proj_size", "learn_initial_state", "int8", "no bias"],
+)
+def test_a_weight_of_none_is_named_whatever_runs(make: Callable[[], Any]) -> None:
+    for name in [name for names in make()._all_weights for name in names]:
+        module = make()
+        setattr(module, name, None)
+        with pytest.raises((AttributeError, TypeError), match=f"{name} must be a tensor, got NoneType"):
+            module(torch.zeros(T, B, I))
+
+
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_weights_of_none_in_a_cell(kind: str) -> None:
+    x = input_of(kind)
+    for name in ("weight_ih", "weight_hh"):
+        modules = pair(kind)
+        for module in modules:
+            setattr(module, name, None)
+            with pytest.raises(TypeError, match=name if module is modules[0] else None):
+                module(x)
+    for names in (("bias_ih",), ("bias_hh",), ("bias_ih", "bias_hh")):  # torch's cells run without
+        modules = pair(kind)
+        for module in modules:
+            module.eval()
+            for name in names:
+                setattr(module, name, None)
+        with torch.no_grad():
+            for _ in range(4):
+                assert_same(*[module(x) for module in modules])
+        assert_same(*[module(x) for module in modules])
+
+
 @layers
 def test_tied_weights(kind: str) -> None:
     modules = pair(kind, H, H, num_layers=2, bidirectional=True)

@@ -1,5 +1,6 @@
 """Checks of what a call of a layer gives besides its input: the state and the resets, with torch's exceptions."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,14 @@ def not_tensors(h: Any, c: Any, two_states: bool) -> str:
 
 def kind_of(value: Any) -> str:
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+
+
+def check_present(names: Sequence[str], weights: Sequence[Any]) -> None:
+    """Raises torch's exception if one of the weights of a layer in one direction, which have these names, is None."""
+    for name, weight in zip(names, weights):
+        if weight is None:
+            absent = AttributeError if name == "weight_ih_l0" else TypeError  # torch reads the dtype of the first
+            raise absent(f"{name} must be a tensor, got NoneType")
 
 
 def time_major_resets(

@@ -13,7 +13,7 @@ from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
-from rnnkern.nn._checks import check_pair, first_two, kind_of, not_tensors, states_of, time_major_resets
+from rnnkern.nn._checks import check_pair, check_present, first_two, kind_of, not_tensors, states_of, time_major_resets
 from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._options import OPTIONS, Options
 from rnnkern.nn._written import write_step
@@ -174,6 +174,8 @@ class _Recurrent(Options, Leaf):
                 w_ih, w_hh, b_ih, b_hh = [parameters[name] for name in names]
             except KeyError:
                 w_ih, w_hh, b_ih, b_hh = [getattr(self, name) for name in names]
+            if w_ih is None or w_hh is None or b_ih is None or b_hh is None:
+                check_present(names, (w_ih, w_hh, b_ih, b_hh))
             return (w_ih, w_hh, b_ih, b_hh, None, None, None, None), _NO_PROJECTION
         D = 2 if self.bidirectional else 1
         weights: list[Tensor | None] = []
@@ -183,6 +185,7 @@ class _Recurrent(Options, Leaf):
                 found = [parameters[name] for name in names]
             except KeyError:
                 found = [getattr(self, name) for name in names]
+            check_present(names, found)
             weights += found[:4] if self.bias else [*found[:2], None, None]
             projection.append(found[-1] if self.proj_size else None)
         if D == 1:

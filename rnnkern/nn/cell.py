@@ -126,7 +126,8 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
         cell = self._cell
         weights = self._weights()
         weight = weights[0]
-        assert weight is not None
+        if weight is None or weights[1] is None:
+            raise TypeError(f"{_NAMES[weight is not None]} must be a tensor, got NoneType")
         dtype = autocast_dtype(weight)
         if x.layout != torch.strided:
             x = x.to_dense()

@@ -10,6 +10,7 @@ from typing_extensions import Self
 
 from rnnkern.cells import CELLS
 from rnnkern.functional import autocasts
+from rnnkern.nn._checks import check_present
 from rnnkern.nn._options import OF_BACKWARD
 from rnnkern.nn._recurrent import _NO_PROJECTION, _Recurrent
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
@@ -155,7 +156,9 @@ class _Quantized(_Recurrent):
         weights: list[Tensor | None] = []
         scales: list[Tensor | None] = []
         for names in self._all_weights[layer * D : layer * D + D]:
-            weights += [self._buffers[name] for name in names] + [None] * (4 - len(names))
+            found = [self._buffers[name] for name in names]
+            check_present(names, found)
+            weights += found + [None] * (4 - len(names))
             scales += [self._buffers[f"{name}_scale"] for name in names[:2]]
         absent = [None] * (2 - D)
         return (*weights, *(absent * 4), *scales, *(absent * 2)), _NO_PROJECTION
