@@ -167,8 +167,16 @@ def test_what_onnx_cannot_express_is_named(model: nn.Module, named: str) -> None
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_the_older_exporter_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (nn.Sequential(rnnkern.nn.GRU(I, H)), 1),
+        (rnnkern.nn.GRU(I, H), 1),
+        (rnnkern.nn.LSTM(I, H), 1),
+        (rnnkern.nn.DotAttention(), 2),
+    ],
+    ids=["within a model", "GRU", "LSTM", "attention"],
+)
+def test_the_older_exporter_is_refused(model: nn.Module, inputs: int) -> None:
     with pytest.raises(RuntimeError, match="call it with dynamo=True"):
-        torch.onnx.export(
-            nn.Sequential(rnnkern.nn.GRU(I, H)).eval(), (torch.randn(6, 3, I),), "unwritten.onnx", dynamo=False
-        )
+        torch.onnx.export(model.eval(), (torch.randn(6, 3, I),) * inputs, "unwritten.onnx", dynamo=False)

@@ -1,5 +1,6 @@
 """What our modules are to torch's older makers of graphs: leaves of torch.fx, and nothing for torch.jit.script."""
 
+import inspect
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,16 @@ class Leaf(torch.nn.Module):
             return tracer.create_proxy("call_module", path, (input, *args), kwargs)
         module = tracer.create_proxy("get_attr", path, (), {})
         return tracer.create_proxy("call_method", method, (module, input, *args), kwargs)
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The call while torch.jit.trace is at work, which torch.onnx's older exporter uses.
+
+        It gives the module that it exports every argument by position, also those that have to be given by name.
+        """
+        if torch.onnx.is_in_onnx_export():
+            kwargs |= zip(inspect.signature(self.forward).parameters, args)
+            args = ()
+        return super()._slow_forward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuses `torch.jit.script`, which asks here, and names what works instead."""
