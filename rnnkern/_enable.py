@@ -11,17 +11,19 @@ malformed, so that torch says what is wrong, and calls that a mode, a transform 
 
 import contextlib
 import functools
+import inspect
 import threading
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._contextlib import _wrap_generator
 
 from rnnkern import _library
 from rnnkern.cells import CELLS
@@ -348,10 +350,14 @@ class _Switch:
                         self._kept.append(torch.library.get_kernel(operator, "CPU"))
             return self._disabled
 
+    def has_user(self, added: int) -> bool:
+        """Whether this user, or one that was added since, is there still: not all were removed meanwhile."""
+        return added == self._disabled
+
     def remove_user(self, added: int) -> None:
         """Removes a user, unless all were removed since it was added."""
         with self._lock:
-            if added == self._disabled:
+            if self.has_user(added):
                 self._users -= 1
                 self._remove_unused()
 
@@ -381,7 +387,7 @@ class _Enabled(contextlib.AbstractContextManager["_Enabled"]):
         self._entered = False
 
     def __enter__(self) -> "_Enabled":
-        if self._entered:
+        if self._entered or not _switch.has_user(self._added[-1]):
             self._added.append(_switch.add_user())
         self._entered = True
         return self
@@ -391,9 +397,19 @@ class _Enabled(contextlib.AbstractContextManager["_Enabled"]):
             _switch.remove_user(self._added.pop())
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
-        """As a decorator, it undoes the call of `enable`, and holds while the function runs."""
+        """As a decorator, it undoes the call of `enable`, and holds while the function, or a generator, runs."""
         with self:
             pass
+        if not callable(function):
+            raise TypeError(f"rnnkern.enable() decorates functions, got {type(function).__name__}")
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"rnnkern.enable() cannot decorate {function.__qualname__}, which is async: others would run meanwhile. "
+                "Use a block within it that awaits nothing"
+            )
+        if inspect.isgeneratorfunction(function):
+            generate: Callable[_P, _R] = _wrap_generator(_Enabled, function)  # type: ignore[no-untyped-call]
+            return generate
 
         @functools.wraps(function)
         def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -403,7 +419,11 @@ class _Enabled(contextlib.AbstractContextManager["_Enabled"]):
         return run
 
 
-def enable() -> _Enabled:
+@overload
+def enable() -> _Enabled: ...
+@overload
+def enable(function: Callable[_P, _R]) -> Callable[_P, _R]: ...
+def enable(function: Callable[..., Any] | None = None) -> Any:
     """Runs torch's own recurrent operators on these kernels, so that unmodified programs get faster.
 
     torch.nn.RNN, LSTM, GRU and their cells, TorchScript files, C++ programs in this process: whatever calls torch's
@@ -411,6 +431,7 @@ def enable() -> _Enabled:
     every thread; blocks and calls nest: torch's kernels are back when every block is left, if all calls were blocks,
     or at `disable`.
     `RNNKERN_ENABLE=1` in the environment calls it when rnnkern is imported.
+    A decorated generator holds it while it runs, not between its values.
 
     torch runs, exactly as before, what these kernels cannot run or what someone watches: `proj_size`, torch.autocast,
     other devices, tensor subclasses, quantized and sparse tensors, dispatch modes, torch.func, forward-mode
@@ -419,8 +440,14 @@ def enable() -> _Enabled:
     as in modules of rnnkern.nn in eval mode, but here `train()` and `eval()` do not drop the packs: after a write that
     torch does not count (`.data`, NumPy) to few elements of a weight, call `disable` and `enable`.
 
+    Args:
+        function: what to decorate, of a decorator without parentheses.
+
     Returns:
         a context manager whose end undoes this call, to be entered again if wanted; or a decorator of a function
+
+    Raises:
+        TypeError: what is to be decorated is async, or no function.
 
     Warns:
         RuntimeWarning: the compiled kernels are missing, so that nothing changes.
@@ -436,7 +463,7 @@ def enable() -> _Enabled:
     """
     if not _library.available:
         warnings.warn(f"rnnkern.enable() changes nothing: {_library.reason}", RuntimeWarning, stacklevel=2)
-    return _Enabled()
+    return _Enabled() if function is None else _Enabled()(function)
 
 
 def disable() -> None:

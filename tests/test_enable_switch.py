@@ -2,6 +2,7 @@
 
 import importlib
 import threading
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import torch
@@ -101,6 +102,63 @@ def test_a_handle_may_be_entered_again_and_decorate() -> None:
     assert depth(2) == 2
     assert (depth.__name__, depth.__doc__) == ("depth", "Calls itself.")
     assert not on()
+
+
+def test_a_stored_handle_switches_on_whenever_it_is_off() -> None:
+    before = tables()
+    block = rnnkern.enable()
+    rnnkern.disable()
+    for _ in range(2):
+        with block:
+            assert tables() != before
+        assert tables() == before
+    with block:
+        rnnkern.disable()
+        with block:
+            assert tables() != before
+        assert tables() == before
+
+
+def test_generators_hold_it_while_they_run() -> None:
+    before = tables()
+
+    @rnnkern.enable
+    def switched() -> Iterator[bool]:
+        for _ in range(2):
+            yield tables() != before
+
+    assert tables() == before
+    for on in switched():
+        assert on
+        assert tables() == before
+    assert tables() == before
+
+
+def test_what_cannot_be_decorated() -> None:
+    async def coroutine() -> None: ...
+
+    async def generator() -> AsyncIterator[None]:
+        yield
+
+    before = tables()
+    for function, words in ((coroutine, "coroutine, which is async"), (generator, "async"), (3, "functions, got int")):
+        for decorator in (rnnkern.enable, rnnkern.enable()):
+            with pytest.raises(TypeError, match=words):
+                decorator(function)
+        rnnkern.disable()
+    assert tables() == before
+
+
+def test_a_decorator_needs_no_parentheses() -> None:
+    before = tables()
+
+    @rnnkern.enable
+    def on() -> bool:
+        return tables() != before
+
+    assert tables() == before
+    assert on()
+    assert tables() == before
 
 
 def test_other_threads_call_meanwhile() -> None:
