@@ -11,6 +11,7 @@ from rnnkern._accelerate import accelerate, restore
 from rnnkern._enable import disable, enable
 from rnnkern._library import empty_cache
 from rnnkern.nn.quantized import quantize_dynamic
+from rnnkern.ops import flops as _flops
 from rnnkern.ops._dispatch import BackendUnavailable, backend, explain
 
 __version__ = "0.1.0"
@@ -32,5 +33,6 @@ __all__ = [
     "seq2seq",
 ]
 
+_flops.register()
 if os.environ.get("RNNKERN_ENABLE") == "1":
     enable()
