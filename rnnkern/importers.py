@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
+from rnnkern.ops._dispatch import CPU_DTYPES
 
 __all__ = ["from_flax", "from_keras"]
 
@@ -54,7 +55,7 @@ def from_keras(layer_or_weights: Any, *, nonlinearity: str = "tanh", reset_after
         of the weights.
 
     Raises:
-        TypeError: it is neither a recurrent layer nor a list of arrays.
+        TypeError: it is neither a recurrent layer nor a list of arrays of floating-point numbers.
         ValueError: the layer is not built, has activations other than torch's or goes backwards; the shapes of
             the weights do not fit each other; reset_after is not what the layer or its bias says.
 
@@ -134,7 +135,7 @@ def from_flax(params: Mapping[str, Any], *, nonlinearity: str = "tanh") -> Layer
         `rnnkern.nn.RNN`, `LSTM` or `GRU`, batch_first, in the dtype of the parameters.
 
     Raises:
-        TypeError: params is not a mapping.
+        TypeError: params is not a mapping, or not of arrays of floating-point numbers.
         ValueError: its entries are not those of one of these cells; the shape of one does not fit the others.
 
     Example:
@@ -187,18 +188,21 @@ def _flax_entry(name: str, entry: Any) -> dict[str, Tensor]:
 
 
 def _tensor(name: str, array: Any) -> Tensor:
-    """A copy of an array of any library, in its dtype if NumPy has that, else (bfloat16) in float32."""
+    """A copy of an array of any library, in its dtype."""
     if hasattr(array, "numpy") and not isinstance(array, Tensor):
         array = array.numpy()  # a variable of Keras
     if isinstance(array, Tensor):
-        return array.detach().cpu().clone()
-    values = np.asarray(array)
-    if values.dtype not in (np.float16, np.float32, np.float64):
-        try:
-            values = values.astype(np.float32)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name} must hold arrays of numbers, got {type(array).__name__}") from None
-    return torch.from_numpy(np.array(values))
+        if array.dtype in CPU_DTYPES:
+            return array.detach().cpu().clone()
+        held = str(array.dtype)
+    else:
+        values = np.array(array)
+        if values.dtype.name == "bfloat16":  # of ml_dtypes, which torch does not read
+            return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        if values.dtype in (np.float16, np.float32, np.float64):
+            return torch.from_numpy(values)
+        held = type(array).__name__ if values.dtype.kind in "OSU" else str(values.dtype)
+    raise TypeError(f"{name} must hold arrays of floating-point numbers, got {held}")
 
 
 def _keras_direction(arrays: Sequence[Tensor], reset_after: bool | None) -> _Direction:

@@ -158,7 +158,7 @@ def test_the_imported_layer_is_a_copy() -> None:
     [
         (3, TypeError, "must be a layer or a list of arrays, got int"),
         ("lstm", TypeError, "must be a layer or a list of arrays, got str"),
-        (["kernel", "bias"], TypeError, "layer_or_weights must hold arrays of numbers, got str"),
+        (["kernel", "bias"], TypeError, "layer_or_weights must hold arrays of floating-point numbers, got str"),
         ([random(I, H)], ValueError, "expected kernel, recurrent_kernel and perhaps bias, got 1 arrays"),
         ([random(I, 2 * H), random(H, 2 * H)], ValueError, r"got kernel \[4, 12\], recurrent_kernel \[6, 12\]"),
         ([random(I, 4 * H), random(H, 3 * H)], ValueError, r"got kernel \[4, 24\], recurrent_kernel \[6, 18\]"),
@@ -197,6 +197,24 @@ def test_reset_after_that_contradicts(tells: bool) -> None:
         from_keras(keras_layer("GRU", reset_after=tells), reset_after=not tells)
 
 
+@pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy], ids=["numpy", "torch"])
+def test_integers_are_no_weights(convert: Callable[..., Any]) -> None:
+    kernel, recurrent = (convert(np.ones((rows, 4 * H), dtype=np.int64)) for rows in (I, H))
+    with pytest.raises(TypeError, match=r"layer_or_weights must hold arrays of floating-point numbers, got .*int64"):
+        from_keras([kernel, recurrent])
+    with pytest.raises(TypeError, match=r"i/kernel must hold arrays of floating-point numbers, got .*int64"):
+        from_flax({"i": {"kernel": kernel}, "h": {"kernel": recurrent}})
+
+
+def test_bfloat16_stays() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")  # comes with Flax, and with Keras' JAX
+    values = random(I, H), random(H, H)
+    kernels = [array.astype(ml_dtypes.bfloat16) for array in values]
+    rnn = from_flax({name: {"kernel": kernel} for name, kernel in zip("ih", kernels)})
+    for weight, array in zip((rnn.weight_ih_l0, rnn.weight_hh_l0), values):
+        assert torch.equal(weight, torch.from_numpy(array).bfloat16().T)
+
+
 @pytest.mark.parametrize("differs", [{"activation": "relu"}, {"reset_after": False}], ids=str)
 def test_directions_of_keras_that_differ(differs: dict[str, Any]) -> None:
     kind = "SimpleRNN" if "activation" in differs else "GRU"
@@ -227,7 +245,7 @@ def test_flax_params_that_do_not_fit() -> None:
         ),
         ("hg", {"bias": random(H)}, ValueError, r"hg must hold kernel and perhaps bias, got \['bias'\]"),
         ("hg", random(H, H), ValueError, "hg must hold kernel and perhaps bias, got ndarray"),
-        ("hg", {"kernel": "ones"}, TypeError, "hg/kernel must hold arrays of numbers, got str"),
+        ("hg", {"kernel": "ones"}, TypeError, "hg/kernel must hold arrays of floating-point numbers, got str"),
     ):
         with pytest.raises(error, match=message):
             from_flax(flax_params("ifgo") | {name: entry})
@@ -300,4 +318,4 @@ def test_flax_cells(flax: Any, name: str) -> None:
     expected = np.asarray(rnn.apply(variables, x))
     np.testing.assert_allclose(run(from_flax(variables), x), expected, rtol=1e-4, atol=1e-5)
     half = jax.tree.map(lambda array: array.astype("bfloat16"), variables)
-    assert from_flax(half).weight_ih_l0.dtype == torch.float32
+    assert from_flax(half).weight_ih_l0.dtype == torch.bfloat16
