@@ -237,6 +237,21 @@ def test_per_sample_gradients(option: str) -> None:
             torch.testing.assert_close(gradient[b], value)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("option", ["grad_clip", "grad_clip_norm"])
+def test_forward_mode_is_refused_by_name(option: str, training: bool) -> None:
+    gru = rnnkern.nn.GRU(I, H, num_layers=2, **{option: 0.1}).train(training)
+    x = torch.randn(T, B, I)
+    with pytest.raises(NotImplementedError, match=f"{option} limits gradients"):
+        torch.func.jvp(gru, (x,), (x,))
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=f"{option} limits gradients"):
+            gru(forward_ad.make_dual(x, x))
+        gru(x)[0].sum().backward()  # nothing has a tangent here
+    with pytest.raises(NotImplementedError, match=f"{option} limits gradients"):
+        torch.func.jacfwd(lambda x: gru(x)[0])(x)
+
+
 @pytest.mark.parametrize("limit", [0, -1.0, math.nan])
 @pytest.mark.parametrize("option", ["grad_clip", "grad_clip_norm"])
 def test_limits_are_positive(option: str, limit: float) -> None:

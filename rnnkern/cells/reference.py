@@ -7,11 +7,13 @@ Low precision (bfloat16, float16): products, gates and the cell state are float3
 after each step, so that y is exactly what the next step reads.
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 from rnnkern.cells.spec import CellSpec
@@ -40,7 +42,28 @@ class _ClipGradient(torch.autograd.Function):
         return gradients[0].clamp(-ctx.limit, ctx.limit), None
 
 
-_clip_gradient: Any = _ClipGradient.apply
+_apply_clip: Any = _ClipGradient.apply
+
+
+def refuse_forward_mode(option: str, tensors: Iterable[Tensor]) -> None:
+    """Raises NotImplementedError if one of the tensors has a tangent: an option that limits gradients has no say there.
+
+    Not by a `jvp` of the functions that limit: torch.compile refuses functions that have one.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    duals = [forward_ad.unpack_dual(tensor) for tensor in tensors]  # type: ignore[no-untyped-call]
+    if any([dual.tangent is not None for dual in duals]):
+        raise NotImplementedError(
+            f"{option} limits gradients on their way back, which forward-mode differentiation (jvp) has none of: "
+            f"leave {option} out there"
+        )
+
+
+def _clip_gradient(x: Tensor, limit: float) -> Tensor:
+    refuse_forward_mode("grad_clip", [x])
+    result: Tensor = _apply_clip(x, limit)
+    return result
 
 
 def layer(

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkern.cells.reference import compute_dtype
+from rnnkern.cells.reference import compute_dtype, refuse_forward_mode
 from rnnkern.ops.recurrence import Outputs
 
 
@@ -25,6 +25,7 @@ def clip_sequences(outputs: Outputs, lengths: Tensor | None, limit: float) -> Ou
         lengths: steps of each row, or None.  # int64 [B]
         limit: the largest norm of g_b.
     """
+    refuse_forward_mode("grad_clip_norm", outputs)
     exported = torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
     if exported or not (torch.is_grad_enabled() and any([output.requires_grad for output in outputs])):
         return outputs
