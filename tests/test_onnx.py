@@ -173,9 +173,10 @@ def test_what_onnx_cannot_express_is_named(model: nn.Module, named: str) -> None
         (nn.Sequential(rnnkern.nn.GRU(I, H)), 1),
         (rnnkern.nn.GRU(I, H), 1),
         (rnnkern.nn.LSTM(I, H), 1),
+        (rnnkern.nn.QuantizedGRU(I, H), 1),
         (rnnkern.nn.DotAttention(), 2),
     ],
-    ids=["within a model", "GRU", "LSTM", "attention"],
+    ids=["within a model", "GRU", "LSTM", "int8", "attention"],
 )
 def test_the_older_exporter_is_refused(model: nn.Module, inputs: int) -> None:
     with pytest.raises(RuntimeError, match="call it with dynamo=True"):

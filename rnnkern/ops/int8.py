@@ -111,9 +111,12 @@ def recurrence_int8(
         check_weights(x, weights, cell, h0, h0, matrices=torch.int8)
         run = partial(onnx.layer, cell) if exporting else partial(reference.layer, CELLS[cell])
         return run(x, h0, c0, dequantized(weights), lengths=lengths, resets=resets, return_states=return_states)
+    tracing = torch._C._get_tracing_state() is not None
+    if tracing:
+        onnx.refuse_torchscript()
     packed = key = None
     # A pack would be a constant of torch.jit.trace's graph, which is to read the module's weights.
-    if packs is not None and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+    if packs is not None and not torch.compiler.is_compiling() and not tracing:
         key, packed = packs.find(layer, weights)
     if packed is None:  # a pack was checked when it was made
         check_weights(x, weights, cell, h0, h0, matrices=torch.int8)
