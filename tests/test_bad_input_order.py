@@ -190,6 +190,34 @@ def test_what_is_not_an_input(kind: str, words: str) -> None:
         getattr(rnnkern.nn, kind)(I, H)(None)
 
 
+@pytest.mark.parametrize("kind", ["GRU", "LSTM", "QuantizedGRU", "GRUCell", "LSTMCell"])
+def test_what_is_not_an_input_of_a_step(kind: str) -> None:
+    with pytest.raises(TypeError, match="^input must be a tensor, got NoneType$"):
+        getattr(rnnkern.nn, kind)(I, H).eval().step(None)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "QuantizedGRU"])
+def test_pythons_own_words_name_the_public_class(kind: str) -> None:
+    module = getattr(rnnkern.nn, kind)(I, H)
+    with pytest.raises(TypeError, match=rf"^{kind}.forward\(\) missing 1 required positional argument: 'input'$"):
+        module()
+    with pytest.raises(TypeError, match=rf"^{kind}.step\(\) missing 1 required positional argument: 'input'$"):
+        module.step()
+    assert module.step.__doc__
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged, torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_an_input_that_is_not_dense(layout: torch.layout, batch_first: bool) -> None:
+    if layout in (torch.strided, torch.jagged):
+        x = torch.nested.nested_tensor([torch.randn(5, I), torch.randn(2, I)], layout=layout)
+    else:
+        x = torch.randn(5, 2, I).to_sparse(layout=layout)
+    kind = "a nested tensor" if x.is_nested else f"layout {layout}"
+    with pytest.raises(RuntimeError, match=rf"^input must be a dense tensor .*, got {kind}$"):
+        rnnkern.nn.GRU(I, H, batch_first=batch_first)(x)
+
+
 @pytest.mark.parametrize("warm", [False, True], ids=["ordinary route", "short call"])
 def test_what_a_step_cannot_write(warm: bool) -> None:
     lstm, cell = rnnkern.nn.LSTM(I, H).eval(), rnnkern.nn.LSTMCell(I, H).eval()

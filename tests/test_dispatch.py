@@ -131,6 +131,11 @@ def test_explain_a_model_without_recurrence() -> None:
     )
 
 
+def test_explain_calls_what_can_be_called() -> None:
+    with pytest.raises(TypeError, match="module must be a module or a function to be called, got NoneType"):
+        rnnkern.explain(None)
+
+
 def test_missing_kernels_are_said_once() -> None:
     """In a process of its own, where the library cannot be found."""
     program = """

@@ -129,6 +129,7 @@ class _Recurrent(Options, Leaf):
             the new state, in the form of hx
 
         Raises:
+            TypeError: input is no tensor.
             ValueError: the layers are bidirectional, and need the whole sequence; the rank of input is neither 1 nor 2;
                 inplace=True without a state.
             RuntimeError: a size, dtype or device does not fit, in the words of the call; a tensor to be written is
@@ -269,6 +270,9 @@ class _Recurrent(Options, Leaf):
         if rank != 3 and rank != 2:
             tensor = " tensor" if self.mode.startswith("RNN") else ""  # torch's wording differs
             raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {rank}D{tensor} instead")
+        if input.layout != torch.strided or input.is_nested:
+            kind = "a nested tensor" if input.is_nested else f"layout {input.layout}"
+            raise RuntimeError(f"input must be a dense tensor (lengths= takes rows of several lengths), got {kind}")
         batched = rank == 3
         h: Any
         c: Any

@@ -14,6 +14,7 @@ from rnnkern.cells.reference import compute_dtype
 from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
 from rnnkern.nn._graphs import Leaf
+from rnnkern.nn._public import public
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.step import step
@@ -100,6 +101,7 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
             the new state, in the form of hx  # [B, H] or [H] each; the formula is that of the class
 
         Raises:
+            TypeError: input is no tensor.
             ValueError: the rank of input or of a state is wrong; inplace=True without a state.
             RuntimeError: a size, dtype or device does not fit; a tensor to be written is not contiguous, shares memory
                 with another operand or requires grad, or gradients are wanted.
@@ -117,6 +119,8 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
             return result
         if isinstance(input, Proxy):
             return self._traced(input, hx, method="step", inplace=inplace)
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         result = self.forward(input, hx)
         write_step(self.named_parameters, input, hx, result, inplace)
         return hx if inplace else result
@@ -208,6 +212,7 @@ class _OneStateCell(_Cell):
         return self._step(input.unsqueeze(0), None if hx is None else hx.unsqueeze(0), None)[0].squeeze(0)
 
 
+@public
 class RNNCell(_OneStateCell):
     """One step of an Elman network, `h' = tanh(W_ih x + b_ih + W_hh h + b_hh)`, in the place of torch.nn.RNNCell.
 
@@ -250,6 +255,7 @@ class RNNCell(_OneStateCell):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}") from None
 
 
+@public
 class LSTMCell(_Cell):
     """One step of the long short-term memory, in the place of torch.nn.LSTMCell; `rnnkern.nn.LSTM` has the formula.
 
@@ -305,6 +311,7 @@ class LSTMCell(_Cell):
         return h.squeeze(0), c.squeeze(0)
 
 
+@public
 class GRUCell(_OneStateCell):
     """One step of the gated recurrent unit, in the place of torch.nn.GRUCell; `rnnkern.nn.GRU` has the formula.
 

@@ -12,6 +12,7 @@ from rnnkern.cells import CELLS
 from rnnkern.functional import autocasts
 from rnnkern.nn._checks import check_present
 from rnnkern.nn._options import OF_BACKWARD
+from rnnkern.nn._public import public
 from rnnkern.nn._recurrent import _NO_PROJECTION, _Recurrent
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
 from rnnkern.ops.int8 import Int8PackCache, quantize_rows, recurrence_int8
@@ -179,6 +180,7 @@ class _Quantized(_Recurrent):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@public
 class QuantizedRNN(_Quantized, RNN):  # noqa: D101, it has one
     __doc__ = f"""Elman network with int8 weights, for inference in the place of `rnnkern.nn.RNN`.
 
@@ -198,6 +200,7 @@ class QuantizedRNN(_Quantized, RNN):  # noqa: D101, it has one
     _float = RNN
 
 
+@public
 class QuantizedLSTM(_Quantized, LSTM):  # noqa: D101, it has one
     __doc__ = f"""Long short-term memory with int8 weights, for inference in the place of `rnnkern.nn.LSTM`.
 
@@ -217,6 +220,7 @@ class QuantizedLSTM(_Quantized, LSTM):  # noqa: D101, it has one
     _float = LSTM
 
 
+@public
 class QuantizedGRU(_Quantized, GRU):  # noqa: D101, it has one
     __doc__ = f"""Gated recurrent unit with int8 weights, for inference in the place of `rnnkern.nn.GRU`.
 

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
 from rnnkern.nn._options import Keywords
+from rnnkern.nn._public import public
 from rnnkern.nn._recurrent import _Recurrent
 
 _KEYWORDS = """
@@ -89,6 +90,7 @@ class _OneState(_Recurrent):
         return output, h_n
 
 
+@public
 class RNN(_OneState):  # noqa: D101, it has one
     __doc__ = f"""Elman network of one or more layers, in the place of torch.nn.RNN.
 
@@ -129,6 +131,7 @@ class RNN(_OneState):  # noqa: D101, it has one
         super().__init__(mode, *shape, bias, batch_first, dropout, bidirectional, 0, device, dtype, **options)
 
 
+@public
 class LSTM(_Recurrent):  # noqa: D101, it has one
     __doc__ = f"""Long short-term memory of one or more layers, in the place of torch.nn.LSTM.
 
@@ -192,6 +195,7 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
         return output, (h_n, c_n)
 
 
+@public
 class GRU(_OneState):  # noqa: D101, it has one
     __doc__ = f"""Gated recurrent unit of one or more layers, in the place of torch.nn.GRU.
 

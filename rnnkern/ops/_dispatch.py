@@ -270,12 +270,17 @@ def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanatio
     and with gradients as they are enabled, since both decide what runs: whatever a call changes in it, such as the
     running statistics of a BatchNorm in training mode, changes here too. Only torch's random state is left as it was.
 
+    Raises:
+        TypeError: the module cannot be called.
+
     Example:
         >>> import torch, rnnkern
         >>> told = rnnkern.explain(rnnkern.nn.LSTM(3, 4, proj_size=2), torch.ones(5, 1, 3))
         >>> told.layers[0].backend
         'eager'
     """
+    if not callable(module):
+        raise TypeError(f"module must be a module or a function to be called, got {type(module).__name__}")
     notes: list[LayerNote] = []
     with torch.random.fork_rng(devices=[]), _Override("notes", notes):
         module(*args, **kwargs)
