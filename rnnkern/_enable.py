@@ -404,7 +404,7 @@ class _Enabled(contextlib.AbstractContextManager["_Enabled"]):
             raise TypeError(f"rnnkern.enable() decorates functions, got {type(function).__name__}")
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
-                f"rnnkern.enable() cannot decorate {function.__qualname__}, which is async: others would run meanwhile. "
+                f"rnnkern.enable() cannot decorate {function.__qualname__}, which is async: others run meanwhile. "
                 "Use a block within it that awaits nothing"
             )
         if inspect.isgeneratorfunction(function):

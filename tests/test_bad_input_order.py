@@ -192,7 +192,7 @@ def test_what_is_not_an_input(kind: str, words: str) -> None:
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "QuantizedGRU", "GRUCell", "LSTMCell"])
 def test_what_is_not_an_input_of_a_step(kind: str) -> None:
-    with pytest.raises(TypeError, match="^input must be a tensor, got NoneType$"):
+    with pytest.raises(TypeError, match=r"^input must be a tensor, got NoneType$"):
         getattr(rnnkern.nn, kind)(I, H).eval().step(None)
 
 
