@@ -28,10 +28,9 @@ from torch.utils._contextlib import _wrap_generator
 from rnnkern import _library
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.nn.cell import _NAMES
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
 from rnnkern.ops import _dispatch
-from rnnkern.ops.packs import PackCache
+from rnnkern.ops.packs import NAMES, PackCache
 from rnnkern.ops.short import SHORT
 from rnnkern.ops.step import step
 
@@ -65,6 +64,8 @@ class _KnownWeights(dict[int, _Known]):
     """
 
     def packs(self, first: Tensor, options: tuple[Any, ...]) -> PackCache:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return PackCache()  # for this call alone: FSDP may have gathered them, see `PackCache`
         key, memory = first.data_ptr(), first.untyped_storage()
         known = self.get(key)
         if known is None or known.memory() is not memory or known.options != options:
@@ -114,7 +115,7 @@ def _template(
 @functools.cache
 def _names(L: int, bias: bool) -> tuple[str, ...]:
     """Names of the parameters of layers in one direction."""
-    return tuple([f"{name}_l{layer}" for layer in range(L) for name in _NAMES[: 4 if bias else 2]])
+    return tuple([f"{name}_l{layer}" for layer in range(L) for name in NAMES[: 4 if bias else 2]])
 
 
 def _with_weights(template: _Template, weights: Sequence[Tensor], packs: PackCache, training: bool) -> Any:
@@ -291,7 +292,7 @@ def _step(
             (w_ih, w_hh, b_ih, b_hh, None, None, None, None),
             packs,
         )
-        packs.prepare(cell, parameters, [_NAMES[: len(weights)]])
+        packs.prepare(cell, parameters, [NAMES[: len(weights)]])
         return h if c is None else (h, c.to(dtype))
 
 
@@ -438,7 +439,8 @@ def enable(function: Callable[..., Any] | None = None) -> Any:
     differentiation, and whatever is traced or exported (a graph keeps torch's operators). `rnnkern.explain(model, x)`
     says which calls those are. Results differ by rounding. Weights are packed between calls without gradients,
     as in modules of rnnkern.nn in eval mode, but here `train()` and `eval()` do not drop the packs: after a write that
-    torch does not count (`.data`, NumPy) to few elements of a weight, call `disable` and `enable`.
+    torch does not count (`.data`, NumPy) to few elements of a weight, call `disable` and `enable`. With a process group
+    of torch.distributed nothing is packed, since these operators cannot tell FSDP's weights, which move, from others.
 
     Args:
         function: what to decorate, of a decorator without parentheses.

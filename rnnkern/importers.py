@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
 from rnnkern.ops._dispatch import CPU_DTYPES
+from rnnkern.ops.packs import NAMES
 
 __all__ = ["from_flax", "from_keras"]
 
@@ -173,7 +174,7 @@ def from_flax(params: Mapping[str, Any], *, nonlinearity: str = "tanh") -> Layer
     return _build([(kernels[0], kernels[1], biases[0], biases[1])], nonlinearity, None)
 
 
-_Direction = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # weight_ih, weight_hh, bias_ih, bias_hh, as torch's
+_Direction = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # as torch has them: `NAMES`
 
 
 def _flax_entry(name: str, entry: Any) -> dict[str, Tensor]:
@@ -249,12 +250,11 @@ def _build(directions: Sequence[_Direction], nonlinearity: str, reset_after: boo
     layer = made[kind](
         I, H, bias=bias, batch_first=True, bidirectional=len(directions) == 2, dtype=w_hh.dtype, **options
     )
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     zeros = w_hh.new_zeros(w_hh.shape[0])
     state = {
         f"{name}_l0{suffix}": zeros if value is None else value
         for direction, suffix in zip(directions, ("", "_reverse"))
-        for name, value in zip(names[: 4 if bias else 2], direction)
+        for name, value in zip(NAMES[: 4 if bias else 2], direction)
     }
     layer.load_state_dict(state)
     return layer

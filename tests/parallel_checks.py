@@ -19,9 +19,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import rnnkern
@@ -230,6 +231,56 @@ def fsdp_trains(_: Path) -> None:
                 local = DTensor.from_local(value.detach(), p.device_mesh).redistribute(placements=p.placements)
                 p.copy_(local)
         assert_same_outputs(model, other)
+
+
+def change_row(model: nn.Module, peer: nn.Module, row: int) -> None:
+    """Changes a row of the first weight of both, less than a sample of its elements need show."""
+    with torch.no_grad():
+        next(peer.parameters())[row] += 1
+        for p, value in zip(model.parameters(), peer.parameters()):
+            local = DTensor.from_local(value.detach(), p.device_mesh).redistribute(placements=p.placements)
+            p.copy_(local)
+
+
+def assert_rows_are_seen(model: FSDPModule, peer: nn.Module, x: Tensor) -> None:
+    """Torch.nn's `peer` in one process tells what a model has to give that is gathered anew after every change."""
+    for row in range(5):
+        with torch.no_grad():
+            for _ in range(4):
+                model(x)
+            model.reshard()
+            change_row(model, peer, row)
+            for found, expected in zip(tree_leaves(model(x)), tree_leaves(peer(x)), strict=True):
+                torch.testing.assert_close(found, expected)
+
+
+@check
+def fsdp_packs_nothing(_: Path) -> None:
+    """What it gathers next may lie where the last lay, in the same storage, and have the same version."""
+    for kind in ("LSTM", "GRUCell"):
+        for reshard in (True, False):
+            torch.manual_seed(0)
+            peer = getattr(nn, kind)(32, 256).eval()
+            model = getattr(rnnkern.nn, kind)(32, 256).eval()
+            model.load_state_dict(peer.state_dict())
+            x = torch.randn(B, 32) if kind == "GRUCell" else torch.randn(3, B, 32)
+            with torch.no_grad():
+                for _ in range(4):
+                    model(x)
+            assert model._packs.short is not None  # in one process they are packed
+            fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=reshard)
+            assert_rows_are_seen(model, peer, x)
+            assert not model._packs._entries
+
+
+@check
+def fsdp_packs_nothing_with_enable(_: Path) -> None:
+    torch.manual_seed(0)
+    peer = nn.LSTM(32, 256).eval()
+    model = copy.deepcopy(peer)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=False)
+    with rnnkern.enable():
+        assert_rows_are_seen(model, peer, torch.randn(3, B, 32))
 
 
 @check

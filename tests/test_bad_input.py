@@ -296,10 +296,10 @@ def test_a_refused_call_leaves_the_module_as_it_was() -> None:
             lambda: gru(x.double(), h),
             lambda: gru(x, h[:, :1]),
             lambda: torch.ops.rnnkern.layer_inference(
-                *("gru", x, h, None, *gru._layer_weights(0)[0], torch.tensor([1, 9]), None, False, packs[0][1])
+                *("gru", x, h, None, *gru._layer_weights(0)[0], torch.tensor([1, 9]), None, False, packs[0].packed)
             ),
         )
         for run in refused:
             refusal(run)
-            assert gru._packs._entries[0][1] is packs[0][1] is not None
+            assert gru._packs._entries[0].packed is packs[0].packed is not None
             assert torch.equal(gru(x, h)[0], expected)

@@ -372,7 +372,7 @@ def test_packs_go_with_the_memory_of_their_weights() -> None:
     module = rnnkern.quantize_dynamic(torch.nn.Sequential(rnnkern.nn.GRU(5, 8)).eval())[0]
     with torch.no_grad():
         module(torch.randn(2, 1, 5))
-    watched = {storage() for storage in module._packs._memory[0]}
+    watched = {storage() for storage in module._packs._entries[0].memory}
     assert {buffer.untyped_storage() for buffer in module.buffers()} <= watched
     watched.clear()
     module.bias_hh_l0 = module.bias_hh_l0.clone()

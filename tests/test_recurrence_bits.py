@@ -217,7 +217,7 @@ def test_a_pack_is_never_stale(cell: str, how: str) -> None:
 
 
 def packed(module: torch.nn.Module) -> bool:
-    return any(pack is not None for _, pack in module._packs._entries.values())
+    return any(entry.packed is not None for entry in module._packs._entries.values())
 
 
 OPTIMIZERS = {
@@ -299,7 +299,7 @@ def test_weights_are_packed_when_seen_again_only() -> None:
         for _ in range(3):  # a loop that evaluates one step after each update
             module(x)
             module.weight_hh_l0.mul_(0.9)
-        assert module._packs._entries[0][1] is None
+        assert module._packs._entries[0].packed is None
         module(x)
         module(x)
         assert packed(module)

@@ -39,7 +39,7 @@ def warm(module: torch.nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         for _ in range(3):
             output = tree_leaves(module(x))[0]
-    assert any(packed is not None for _, packed in module._packs._entries.values())
+    assert any(entry.packed is not None for entry in module._packs._entries.values())
     return output
 
 
@@ -216,15 +216,14 @@ def test_memory_of_weights_is_given_back() -> None:
     module, x = make("deep LSTM")
     warm(module, x)
     weight = weakref.ref(module.weight_hh_l1.untyped_storage())
-    pack = weakref.ref(module._packs._entries[1][1])
+    pack = weakref.ref(module._packs._entries[1].packed)
     assert module._packs.short is not None
     module.weight_hh_l1 = torch.nn.Parameter(other(module.weight_hh_l1.detach()))
     assert weight() is None
     assert module._packs.short is None
     assert pack() is None
-    assert list(module._packs._entries) == list(module._packs._memory) == [0]
+    assert list(module._packs._entries) == [0]
     module.double()
-    assert not module._packs._memory
     assert not module._packs._entries
 
 

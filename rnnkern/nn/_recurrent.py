@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
-from typing_extensions import Self
 
 from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
@@ -16,8 +15,9 @@ from rnnkern.nn._autocast import cast_weights, result_dtype
 from rnnkern.nn._checks import check_pair, check_present, first_two, kind_of, not_tensors, states_of, time_major_resets
 from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._options import OPTIONS, Options
+from rnnkern.nn._packing import Packing
 from rnnkern.nn._written import write_step
-from rnnkern.ops.packs import PackCache, Weights
+from rnnkern.ops.packs import Weights
 from rnnkern.ops.recurrence import Outputs, check_lengths, recurrence
 from rnnkern.ops.short import SHORT
 
@@ -25,11 +25,9 @@ _TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its n
 _NO_PROJECTION = (None, None)
 
 
-class _Recurrent(Options, Leaf):
+class _Recurrent(Packing, Options, Leaf):
     """What RNN, LSTM and GRU share: everything but the constructor's arguments and the form of hx."""
 
-    _packs: PackCache
-    _pack_cache: type[PackCache] = PackCache
     _recurrence: Callable[..., Outputs] = staticmethod(recurrence)
 
     def __init__(self, mode: str, *args: Any, **kwargs: Any) -> None:
@@ -53,31 +51,12 @@ class _Recurrent(Options, Leaf):
         if self.mode in _TORCH_MODES:
             super().flatten_parameters()
 
-    def train(self, mode: bool = True) -> Self:
-        """Sets the mode, as in torch; packed weights are forgotten."""
-        self._packs.forget()
-        return super().train(mode)
-
     def _load_from_state_dict(self, *args: Any) -> None:
         self._flat_weight_refs = []  # torch.utils.swap_tensors refuses what has weak references
         try:
             super()._load_from_state_dict(*args)
         finally:
             self._init_flat_weights()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("_packs", None)  # neither pickled nor deep-copied
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._packs = self._pack_cache()
-
-    def _replicate_for_data_parallel(self) -> "_Recurrent":
-        replica: _Recurrent = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._packs = self._pack_cache()
-        return replica
 
     def _weight_tensors(self) -> dict[str, Any]:
         """Where this module keeps its weights, by name."""
@@ -360,11 +339,8 @@ class _Recurrent(Options, Leaf):
         compute = compute_dtype(dtype)
         if c is not None and c.dtype != compute:
             c = c.to(compute)
-        packs: PackCache | None = self._packs
         casts = self._casts(first[0], dtype)
-        if self.training or casts:  # what is cast anew for each call is not worth packing
-            self._packs.forget()
-            packs = None
+        packs = self._packs_of_call(casts)
         run = self._recurrence_of_options(self._recurrence)
         if casts:
             first = cast_weights(first[0], dtype), cast_weights(first[1], dtype)

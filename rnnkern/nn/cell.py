@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
-from typing_extensions import Self
 
 from rnnkern.cells import find_cell
 from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
@@ -14,13 +13,13 @@ from rnnkern.cells.reference import compute_dtype
 from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
 from rnnkern.nn._graphs import Leaf
+from rnnkern.nn._packing import Packing
 from rnnkern.nn._public import public
 from rnnkern.nn._written import write_step
-from rnnkern.ops.packs import PackCache, Weights
+from rnnkern.ops.packs import NAMES, Weights
 from rnnkern.ops.step import step
 
 _RNN_CELLS = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def _rank(name: str, tensor: Tensor) -> int:
@@ -31,36 +30,16 @@ def _rank(name: str, tensor: Tensor) -> int:
         raise AttributeError(f"{name} must be a tensor, got {type(tensor).__name__}") from None
 
 
-class _Cell(torch.nn.RNNCellBase, Leaf):
+class _Cell(Packing, torch.nn.RNNCellBase, Leaf):
     """What the three cells share."""
 
-    _packs: PackCache
     _cell: str  # as find_cell takes it
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool, num_chunks: int, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(input_size, hidden_size, bias, num_chunks, device=device, dtype=dtype)
-        self._packs = PackCache()
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets the mode, as in torch; packed weights are forgotten."""
-        self._packs.forget()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_packs", None)  # neither pickled nor deep-copied
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._packs = PackCache()
-
-    def _replicate_for_data_parallel(self) -> "_Cell":
-        replica: _Cell = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica._packs = PackCache()
-        return replica
+        self._packs = self._pack_cache()
 
     def _weights(self) -> Weights:
         """The weights as they are now: parameters, or what a parametrization put in their place."""
@@ -152,17 +131,14 @@ class _Cell(torch.nn.RNNCellBase, Leaf):
             self._check_dtypes(x, h, c, dtype)
             result = result_dtype(cell.upper(), h if c is None else c, dtype, fused=False)
             x, h = x.to(dtype), h.to(dtype)
-        packs: PackCache | None = self._packs
         casts = weight.dtype != dtype
-        if self.training or casts:  # what is cast anew for each call is not worth packing
-            self._packs.forget()
-            packs = None
+        packs = self._packs_of_call(casts)
         if casts:
             weights = cast_weights(weights, dtype)
         compute = compute_dtype(dtype)
         h, c = step(cell, x, h, None if c is None else c.to(compute), weights, packs)
         if packs is not None and not torch.compiler.is_compiling():
-            packs.prepare(cell, self._parameters, [_NAMES[: 4 if self.bias else 2]])
+            packs.prepare(cell, self._parameters, [NAMES[: 4 if self.bias else 2]])
         return h if result == dtype else h.to(result), None if c is None else c.to(result)
 
     def _check_hidden(self, x: Tensor, hidden: Tensor, index: int) -> None:

@@ -3,28 +3,39 @@
 import functools
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rnnkern.ops.short import ShortCall
 
-# w_ih, w_hh, b_ih, b_hh, and the same four of the reverse direction or None; scales follow where matrices are int8.
+# Of each direction, without the suffix that names layer and direction. A layer without biases has the first two.
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+# Tensors of these names, and the same four of the reverse direction or None; scales follow where matrices are int8.
 Weights = tuple[Tensor | None, ...]
+
+
+class _Entry(NamedTuple):
+    """What is known of a layer."""
+
+    key: list[Any]  # of the weights that were seen
+    packed: Tensor | None  # None until they are seen again
+    memory: list[weakref.ref[torch.UntypedStorage]]  # of the weights, whose death drops the entry
 
 
 class PackCache:
     """Weights of a module's layers in the kernels' layout, for calls of few rows without gradients in eval mode.
 
     An entry holds while every weight keeps address, version, dtype, shape and strides. That misses writes without a
-    trace: fused optimizers, `.data`, numpy, another process. So a module forgets all its packs in every call in
-    training mode or with gradients, and in `train` and `eval`; and the kernels compare a sample of the elements with
-    one kept in the pack. What remains unseen is a write without a trace, to so few elements that the sample misses
-    them, between two calls without gradients of a module that stays in eval mode: `module.eval()` after such a write
-    makes it seen. Weights are packed when seen unchanged for the second time: evaluating between updates packs nothing
-    in vain. An entry goes when the memory of one of its weights is freed: a weight that a hook or a parametrization
-    makes anew for every call would else come to lie where an earlier one did, with its version.
+    trace: fused optimizers, `.data`, numpy, another process, a storage resized to nothing and filled again. So a module
+    forgets all its packs in every call in training mode or with gradients, and in `train` and `eval`; and the kernels
+    compare a sample of the elements with one kept in the pack. What remains unseen is a write without a trace, to so
+    few elements that the sample misses them, between two calls without gradients of a module that stays in eval mode:
+    `module.eval()` after such a write makes it seen. Weights are packed when seen unchanged for the second time:
+    evaluating between updates packs nothing in vain. An entry goes when the storage of one of its weights dies: a
+    weight that a hook or a parametrization makes anew for every call would else come to lie where an earlier one did,
+    with its version. FSDP resizes its storages instead, call by call, so what it may have gathered is never packed.
 
     Attributes:
         short: runs the whole module past the dispatcher (`rnnkern.ops.short`), once all its layers have packs; or None.
@@ -33,12 +44,10 @@ class PackCache:
 
     short: Any
     cell: str
-    _entries: dict[int, tuple[list[Any], Tensor | None]]
-    _memory: dict[int, list[weakref.ref[torch.UntypedStorage]]]  # whose death drops the entry
+    _entries: dict[int, _Entry]  # by layer
 
     def __init__(self) -> None:
         self._entries = {}
-        self._memory = {}
         self._drop_short()
 
     def forget(self) -> None:
@@ -48,7 +57,6 @@ class PackCache:
         """
         if not torch.compiler.is_exporting():
             self._entries = {}
-            self._memory = {}
             self._drop_short()
 
     def _drop_short(self) -> None:
@@ -62,28 +70,28 @@ class PackCache:
         except RuntimeError:  # inference tensors have no version, fake tensors no address
             return None, None
         entry = self._entries.get(layer)
-        return key, entry[1] if entry is not None and entry[0] == key else None
+        return key, entry.packed if entry is not None and entry.key == key else None
 
     def add(self, layer: int, key: list[Any], cell: str, weights: Weights) -> Tensor | None:
         """Remembers these weights; packs them if they were remembered before."""
         entry = self._entries.get(layer)
-        packed = torch.ops.rnnkern.pack.default(cell, *weights) if entry is not None and entry[0] == key else None
+        packed = torch.ops.rnnkern.pack.default(cell, *weights) if entry is not None and entry.key == key else None
         self._remember(layer, key, weights, packed)
         return packed
 
     def _remember(self, layer: int, key: list[Any], weights: Sequence[Tensor | None], packed: Tensor | None) -> None:
-        self._entries[layer] = (key, packed)
         lost = functools.partial(_drop_entry, weakref.ref(self), layer)
-        self._memory[layer] = [weakref.ref(weight.untyped_storage(), lost) for weight in weights if weight is not None]
+        memory = [weakref.ref(weight.untyped_storage(), lost) for weight in weights if weight is not None]
+        self._entries[layer] = _Entry(key, packed, memory)
         self._drop_short()
 
     def prepare(self, cell: str, parameters: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
         """Makes `short`, if it can be made: every layer's weights are parameters of these names, and packed."""
         if self._prepared or ShortCall is None:
             return
-        entries = [self._entries.get(layer, ([], None)) for layer in range(len(names))]
-        packs = tuple(packed for _, packed in entries)
-        if any([packed is None for packed in packs]):
+        entries = [entry for layer in range(len(names)) if (entry := self._entries.get(layer)) is not None]
+        packs = tuple([entry.packed for entry in entries if entry.packed is not None])
+        if len(packs) < len(names):
             return
         self._prepared = True
         parameters = dict(parameters)  # holds the weights: another thread may replace them meanwhile
@@ -93,7 +101,7 @@ class PackCache:
             return
         now = [_key([parameters[name] for name in layer]) for layer in names]
         # Looked up after `short` took note of the weights: another thread may have changed them after they were packed.
-        if all(key == [weight for weight in entry[0] if weight is not None] for key, entry in zip(now, entries)):
+        if all(key == [weight for weight in entry.key if weight is not None] for key, entry in zip(now, entries)):
             self.cell = cell
             self.short = short
 
@@ -103,7 +111,6 @@ def _drop_entry(cache: weakref.ref[PackCache], layer: int, _: object) -> None:
     packs = cache()
     if packs is not None:
         packs._entries.pop(layer, None)
-        packs._memory.pop(layer, None)
         packs._drop_short()
 
 

@@ -21,7 +21,7 @@ from rnnkern.cells import CELLS, find_cell, reference
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops import onnx
 from rnnkern.ops._dispatch import select
-from rnnkern.ops.packs import PackCache, Weights
+from rnnkern.ops.packs import NAMES, PackCache, Weights
 from rnnkern.ops.short import FEW_ROWS, SHORT
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]  # y, h_n, c_n, c_all
@@ -230,7 +230,7 @@ def check_weights(
     `matrices` is the dtype of weight matrices, if not that of x; scale_ih and scale_hh of each direction may follow.
     """
     rows = len(find_cell(cell).gates) * gates.shape[-1]
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "scale_ih", "scale_hh")
+    names = (*NAMES, "scale_ih", "scale_hh")
     shapes = ((rows, x.shape[-1]), (rows, recurrent.shape[-1]), (rows,), (rows,), (rows,), (rows,))
     for at, w in enumerate(weights):
         if w is None:
