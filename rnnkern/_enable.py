@@ -240,7 +240,10 @@ def _short_layers(
     if short is None:
         return None
     bias, L, *_, batch_first = options
-    parameters = dict(zip(_names(L, bias), weights))
+    names = _names(L, bias)
+    if len(weights) != len(names) or input.dim() != 3:  # modules take more
+        return None
+    parameters = dict(zip(names, weights))
     result = short.sequence(parameters, input, tuple(hx) if cell == "lstm" else hx, batch_first)
     if result is None:
         return None
@@ -263,7 +266,7 @@ def _step(
     bias = b_ih is not None
     parameters = {"weight_ih": w_ih, "weight_hh": w_hh, "bias_ih": b_ih, "bias_hh": b_hh}
     short = known.short(w_ih, (bias,))
-    if short is not None:
+    if short is not None and x.dim() == 2:
         result = short.cell(parameters, x, tuple(hx) if cell == "lstm" else hx, False)
         if result is not None:
             return result

@@ -71,12 +71,13 @@ def test_quantized_operators_are_not_touched(ran: list[str]) -> None:
     assert not ran
 
 
-def test_vmap_calls_row_by_row() -> None:
+def test_vmap_calls_row_by_row(ran: list[str]) -> None:
     cell = torch.nn.GRUCell(I, H, bias=False)
     x, h = torch.randn(T, B, I), torch.randn(T, B, H)
     expected = torch.func.vmap(cell)(x, h)
     with rnnkern.enable():
         torch.testing.assert_close(torch.func.vmap(cell)(x, h), expected)
+    assert ran == ["ours"] * T
 
 
 def _params(count: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -106,17 +107,57 @@ def _params(count: int = 4, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def test_torch_refuses_what_is_malformed(call: Callable[[Tensor, Tensor], Any]) -> None:
     """In its own words; or gives what it gives."""
     x, h = torch.randn(T, B, I), torch.randn(1, B, H)
-    found: list[Any] = []
-    for context in (nullcontext, rnnkern.enable):
-        with context():
-            try:
-                found.append(tree_leaves(call(x, h)))
-            except Exception as error:
-                found.append((type(error), str(error)))
-    if isinstance(found[0], tuple):
-        assert found[1] == found[0]
-    else:
-        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    expected = _outcome(call, x, h)
+    with rnnkern.enable():
+        assert _same(_outcome(call, x, h), expected)
+
+
+def _outcome(call: Callable[..., Any], *args: Any) -> Any:
+    """The type and words of what it raises, or else its results."""
+    try:
+        return tree_leaves(call(*args))
+    except Exception as error:
+        return type(error), str(error)
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, tuple):
+        return found == expected
+    return isinstance(found, list) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, h, w: torch.gru(x, h, [*w, w[3]], True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x, h, w[:3], True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x, h, w[:2], True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x, h, w[:1], True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x, h, w, False, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x, h, w, True, 2, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x, h, [w[0], w[1], w[3], w[3].double()], True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x[..., 1:], h, w, True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x, h[:, 1:], w, True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x, h.expand(2, B, H), w, True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x[0], h, w, True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru(x[:, 0], h[:, 0], w, True, 1, 0.0, False, False, False),
+        lambda x, h, w: torch.gru_cell(x[0], h[0], *w[:3]),
+        lambda x, h, w: torch.gru_cell(x[0], h[0], *w[:2], None, w[3]),
+        lambda x, h, w: torch.gru_cell(x[0, 0], h[0, 0], *w),
+        lambda x, h, w: torch.gru_cell(x[0], h[0, 1:], *w),
+        lambda x, h, w: torch.gru_cell(x, h, *w),
+    ],
+)  # fmt: skip
+def test_so_it_does_where_the_weights_are_packed(call: Callable[..., Any]) -> None:
+    """A call past the dispatcher takes nothing that torch refuses."""
+    x, h, w = torch.randn(T, B, I), torch.randn(1, B, H), [torch.randn_like(p) for p in _params()]
+    with torch.no_grad():
+        expected = _outcome(call, x, h, w)
+        with rnnkern.enable():
+            for _ in range(3):
+                torch.gru(x, h, w, True, 1, 0.0, False, False, False)
+                torch.gru_cell(x[0], h[0], *w)
+            assert _same(_outcome(call, x, h, w), expected)
 
 
 def _nodes(function: Callable[..., Any], *args: Any) -> list[str]:
