@@ -226,6 +226,36 @@ def test_batch_first_is_read_at_every_call() -> None:
         assert torch.equal(module(x)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("mode", "RNN_RELU"), ("num_layers", 1), ("bias", False), ("bidirectional", True), ("hidden_size", H + 1)],
+)
+def test_attributes_that_change_are_seen(name: str, value: Any) -> None:
+    """A warm module does what a cold one of these attributes does, by call and by step."""
+    module, x, spy = warm("RNN", num_layers=2)
+    cold = copy.deepcopy(module)
+    setattr(module, name, value)
+    setattr(cold, name, value)
+
+    def outcome(call: Any) -> list[Tensor] | str:
+        try:
+            return tree_leaves(call())
+        except (RuntimeError, ValueError, KeyError, IndexError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    with torch.no_grad():
+        for found, expected in (
+            (outcome(lambda: module(x)), outcome(lambda: cold(x))),
+            (outcome(lambda: module.step(x[0])), outcome(lambda: cold.step(x[0]))),
+        ):
+            assert type(found) is type(expected)
+            if isinstance(expected, str):
+                assert found == expected
+            else:
+                torch.testing.assert_close(found, expected)
+    assert spy.answered == 0
+
+
 def test_weights_replaced_by_another_thread() -> None:
     """A call that runs keeps the weights that it began with: freed under it they would crash it or give other bits."""
     module = rnnkern.nn.GRU(256, 512).eval()

@@ -23,6 +23,10 @@ from rnnkern.ops.short import SHORT
 
 _TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its name in capitals
 _NO_PROJECTION = (None, None)
+# What calls past the dispatcher take as it was when they were prepared, rather than spend time on looking.
+_PREPARED_FOR = frozenset(
+    ("mode", "num_layers", "input_size", "hidden_size", "proj_size", "bias", "bidirectional", "learn_initial_state")
+)
 
 
 class _Recurrent(Packing, Options, Leaf):
@@ -45,6 +49,12 @@ class _Recurrent(Packing, Options, Leaf):
                 setattr(self, name, torch.nn.Parameter(parameter.new_empty(gates * H, *rest)))
             self.reset_parameters()
         self._set_options(**options)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As in torch; what a short call was prepared for is forgotten where it is no longer what the module says."""
+        super().__setattr__(name, value)
+        if name in _PREPARED_FOR and "_packs" in vars(self):
+            self._packs.forget()
 
     def flatten_parameters(self) -> None:
         """Does what torch's does, which knows torch's cells only."""
