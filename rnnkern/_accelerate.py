@@ -102,7 +102,8 @@ def accelerate(model: torch.nn.Module) -> Report:
     left: list[ModuleNote] = []
     for path, module in model.named_modules(remove_duplicate=False):
         if module in accelerated:
-            already.append(ModuleNote(path, _BACK[_plain_class(module)].__name__))
+            ours = next(cls for cls in type(module).__mro__ if cls in _BACK)
+            already.append(ModuleNote(path, _BACK[ours].__name__))
             continue
         if module not in seen:
             seen[module] = _swap(module)
@@ -123,7 +124,8 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
 
     Raises:
         TypeError: the model is not a module.
-        RuntimeError: a module's `forward` was replaced meanwhile, by what calls ours; nothing was restored.
+        RuntimeError: a module's `forward` was replaced meanwhile, by what calls ours, or its class, as by `fully_shard`;
+            nothing was restored.
 
     Example:
         >>> import torch, rnnkern
@@ -141,6 +143,10 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
     for path, module in accelerated:
         if "forward" in vars(module):
             raise RuntimeError(f"{path or 'the model'}: its forward was replaced after accelerate; put it back first")
+        if _plain_class(module) not in _BACK:
+            raise RuntimeError(
+                f"{path or 'the model'}: its class was replaced after accelerate, by {type(module).__name__}"
+            )
     for module in {module: None for _, module in accelerated}:
         cls = type(module)
         module.__class__ = _rebased(cls, _BACK[_plain_class(module)])
@@ -202,15 +208,15 @@ def _arguments(module: Any) -> dict[str, Any]:
 
 def _refusal(module: Any, plain: type[torch.nn.Module]) -> str:
     """Why this module of torch is left alone, "" if it is not."""
+    parameters = list(module.parameters())
+    for name, parameter in module.named_parameters():
+        if type(parameter) is not torch.nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}"
     if plain not in _CLASSES:
         base = next(theirs for theirs in _CLASSES if isinstance(module, theirs))
         return f"it is a subclass of torch.nn.{base.__name__}, which may compute something else"
     if "forward" in vars(module):
         return "its forward was replaced"
-    parameters = list(module.parameters())
-    for name, parameter in module.named_parameters():
-        if type(parameter) is not torch.nn.Parameter:
-            return f"{name} is a {type(parameter).__name__}"
     if not parameters:
         return "it has no parameters"
     cell = module.mode.lower() if isinstance(module, torch.nn.RNNBase) else _cell_of(module)

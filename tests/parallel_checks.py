@@ -284,6 +284,23 @@ def fsdp_packs_nothing_with_enable(_: Path) -> None:
 
 
 @check
+def fsdp_and_accelerate(_: Path) -> None:
+    mesh, model = init_device_mesh("cpu", (WORLD,)), nn.Sequential(nn.LSTM(I, H), nn.LSTM(I, H))
+    fully_shard(model[0], mesh=mesh)
+    report = rnnkern.accelerate(model)
+    assert [note.path for note in report.swapped] == ["1"]
+    assert [note.why for note in report.left] == ["weight_ih_l0 is a DTensor"]
+    fully_shard(model[1], mesh=mesh)
+    assert rnnkern.accelerate(model).already == report.swapped
+    try:
+        rnnkern.restore(model)
+    except RuntimeError as error:
+        assert "class was replaced" in str(error)  # noqa: PT017, no pytest here
+    else:
+        raise AssertionError("restore passed over a sharded module")
+
+
+@check
 def fsdp_mixed_precision(_: Path) -> None:
     x = batch().float()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)

@@ -286,6 +286,23 @@ def test_random_numbers_are_not_drawn() -> None:
     assert torch.equal(torch.rand(1), expected)
 
 
+class Wrapper:
+    pass
+
+
+def test_restore_refuses_what_replaced_our_class() -> None:
+    """As torch.distributed's fully_shard and replicate do, for a module of their own."""
+    model = torch.nn.Sequential(torch.nn.GRU(3, 4), torch.nn.LSTM(3, 4))
+    report = rnnkern.accelerate(model)
+    model[1].__class__ = type("WrappedLSTM", (Wrapper, rnnkern.nn.LSTM), {})
+    assert rnnkern.accelerate(model).already == report.swapped
+    with pytest.raises(RuntimeError, match=r"^1: its class was replaced after accelerate, by WrappedLSTM"):
+        rnnkern.restore(model)
+    assert type(model[0]) is rnnkern.nn.GRU
+    model[1].__class__ = rnnkern.nn.LSTM
+    assert rnnkern.restore(model) == ("0", "1")
+
+
 def test_restore_refuses_what_wraps_our_forward() -> None:
     model = torch.nn.Sequential(torch.nn.GRU(3, 4), torch.nn.GRUCell(3, 4))
     rnnkern.accelerate(model)
