@@ -177,7 +177,10 @@ RESETS: dict[str, tuple[Tensor, str]] = {
     "rank": (torch.zeros(T, dtype=torch.bool), r"Expected shape \[5, 2\], got \[5\]"),
     "features": (torch.zeros(T, B, 1, dtype=torch.bool), r"Expected shape \[5, 2\], got \[5, 2, 1\]"),
     "dtype": (torch.zeros(T, B), "resets must be bool. Expected torch.bool, got torch.float32"),
-    "device": (torch.zeros(T, B, dtype=torch.bool, device="meta"), "resets must be on the device of input.*got meta"),
+    "device": (
+        torch.zeros(T, B, dtype=torch.bool, device="meta"),
+        "resets must be on the device of the weights. Expected cpu, got meta",
+    ),
 }
 
 

@@ -53,8 +53,10 @@ def test_hooks(kind: str, cold: bool) -> None:
     for a, b in zip(*logs, strict=True):
         assert a[0] == b[0]
         for u, v in zip(tree_leaves(a[1:]), tree_leaves(b[1:]), strict=True):
-            torch.testing.assert_close(u, v) if isinstance(u, Tensor) else None
-            assert isinstance(u, Tensor) or u == v
+            if isinstance(u, Tensor):
+                torch.testing.assert_close(u, v)
+            else:
+                assert u == v
 
 
 @kinds

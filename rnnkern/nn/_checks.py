@@ -79,7 +79,7 @@ def check_present(names: Sequence[str], weights: Sequence[Any]) -> None:
 def time_major_resets(
     resets: Tensor, T: int, B: int, *, batched: bool, batch_first: bool, device: torch.device
 ) -> Tensor:
-    """Returns resets as [T, B]; raises RuntimeError unless they are bool, in the input's layout, on its device."""
+    """Returns resets as [T, B]; raises RuntimeError unless they are bool, in the input's layout, on this device."""
     if not isinstance(resets, Tensor):
         raise TypeError(f"resets must be a tensor, got {type(resets).__name__}")
     expected = [T] if not batched else [B, T] if batch_first else [T, B]
@@ -90,7 +90,7 @@ def time_major_resets(
     if resets.dtype != torch.bool:
         raise RuntimeError(f"resets must be bool. Expected torch.bool, got {resets.dtype}")
     if resets.device != device:
-        raise RuntimeError(f"resets must be on the device of input. Expected {device}, got {resets.device}")
+        raise RuntimeError(f"resets must be on the device of the weights. Expected {device}, got {resets.device}")
     if not batched:
         return resets.unsqueeze(1)
     return resets.t().contiguous() if batch_first else resets.contiguous()

@@ -1,4 +1,4 @@
-"""What layers and cells share about their packed weights: which calls use them, what drops them, that no copy has them."""
+"""What layers and cells share about packed weights: which calls use them, what drops them, that no copy has them."""
 
 from typing import Any
 
