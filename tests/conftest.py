@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rnnkern
-from rnnkern import _enable
+from rnnkern import _enable, _operators
 from tests.helpers import ISAS, instruction_set, poisoned_memory, threads
 
 
@@ -47,8 +47,8 @@ def disabled_afterwards() -> Iterator[None]:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Who ran each call that reached `enable`'s kernels, "ours" or "torch"."""
     seen: list[str] = []
-    known = {cell: (_enable._KnownWeights(), _enable._KnownWeights()) for cell in _enable._MODULES}
-    watched, make_kernel = _enable._watched, _enable._make_kernel
+    known = {cell: (_operators.KnownWeights(), _operators.KnownWeights()) for cell in _operators.MODULES}
+    watched, make_kernel = _operators._watched, _operators._make_kernel
 
     def make(operator: Any, run: Callable[..., Any]) -> Callable[..., Any]:
         def told(*args: Any) -> Any:
@@ -63,9 +63,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             seen.append("torch")
         return watched()
 
-    monkeypatch.setattr(_enable, "_make_kernel", make)
-    monkeypatch.setattr(_enable, "_watched", noted)
-    kernels = [kernel for cell in known for kernel in _enable._make_kernels(cell, *known[cell])]
+    monkeypatch.setattr(_operators, "_make_kernel", make)
+    monkeypatch.setattr(_operators, "_watched", noted)
+    kernels = [kernel for cell in known for kernel in _operators.make_kernels(cell, *known[cell])]
     monkeypatch.setattr(_enable._switch, "_known", known)
     monkeypatch.setattr(_enable._switch, "_kernels", kernels)
     return seen
