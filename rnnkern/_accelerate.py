@@ -124,8 +124,8 @@ def restore(model: torch.nn.Module) -> tuple[str, ...]:
 
     Raises:
         TypeError: the model is not a module.
-        RuntimeError: a module's `forward` was replaced meanwhile, by what calls ours, or its class, as by `fully_shard`;
-            nothing was restored.
+        RuntimeError: a module's `forward` was replaced meanwhile, by what calls ours, or its class, as `fully_shard`
+            does; nothing was restored.
 
     Example:
         >>> import torch, rnnkern

@@ -146,6 +146,13 @@ def test_made_by_hand() -> None:
     assert ours(PackedSequence(data, batch_sizes))[0].sorted_indices is None
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_batch_sizes_made_by_hand_are_not_negative(grad: bool) -> None:
+    packed = PackedSequence(torch.randn(2, I), torch.tensor([3, -1]))
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"batch_sizes .* negative, got \[3, -1\]"):
+        rnnkern.nn.GRU(I, H)(packed)
+
+
 def test_kept_through_conversions() -> None:
     ours, peer = (module.double() for module in pair("LSTM", {}))
     packed = pack_sequence([torch.randn(2, I), torch.randn(5, I)], enforce_sorted=False)

@@ -1,4 +1,4 @@
-"""Checks of what a call of a layer gives besides its input: the state and the resets, with torch's exceptions."""
+"""Checks of what a call of a layer gives, its input, the state and the resets, with torch's exceptions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -74,6 +74,46 @@ def check_present(names: Sequence[str], weights: Sequence[Any]) -> None:
         if weight is None:
             absent = AttributeError if name == "weight_ih_l0" else TypeError  # torch reads the dtype of the first
             raise absent(f"{name} must be a tensor, got NoneType")
+
+
+def check_call(
+    layers: Any,  # a module of rnnkern.nn
+    input: Tensor,  # in torch's layout
+    B: int,
+    hx: Any,  # as it was given, if it has to be a pair
+    h: Tensor,
+    c: Tensor | None,
+    dtype: torch.dtype,  # of the weights
+    batch_sizes: Tensor | None = None,
+) -> None:
+    """Checks what torch checks, in its order and words."""
+    rows = layers.num_layers * 2 if layers.bidirectional else layers.num_layers
+    if (
+        input.dtype != dtype
+        or input.shape[-1] != layers.input_size
+        or h.shape != (rows, B, layers.proj_size or layers.hidden_size)
+        or (c is not None and c.shape != (rows, B, layers.hidden_size))
+    ):
+        layers._update_flat_weights()
+        if c is None:
+            layers.check_forward_args(input, h, batch_sizes)
+        else:
+            torch.nn.LSTM.check_forward_args(layers, input, (h, c), batch_sizes)
+    if c is not None and (type(hx) is not tuple or len(hx) != 2):
+        check_pair(hx)
+    device = input.device
+    states = (h,) if c is None else (h, c)
+    for state in states:
+        if state.device != device:
+            raise RuntimeError(
+                "Input and hidden tensors are not at the same device, "
+                f"found input tensor at {device} and hidden tensor at {state.device}"
+            )
+    if input.dtype != dtype and not layers._fits(input, dtype):
+        raise RuntimeError(f"input must have the dtype of the weights. Expected {dtype}, got {input.dtype}")
+    for state in states:
+        if state.dtype != dtype and not layers._fits(state, dtype):
+            raise RuntimeError(f"hx must have the dtype of input. Expected {input.dtype}, got {state.dtype}")
 
 
 def time_major_resets(

@@ -12,9 +12,10 @@ from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
-from rnnkern.nn._checks import check_pair, check_present, first_two, kind_of, not_tensors, states_of, time_major_resets
+from rnnkern.nn._checks import check_call, check_present, kind_of, states_of, time_major_resets
 from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._options import OPTIONS, Options
+from rnnkern.nn._packed import run_packed
 from rnnkern.nn._packing import Packing
 from rnnkern.nn._written import write_step
 from rnnkern.ops.packs import Weights
@@ -207,51 +208,23 @@ class _Recurrent(Packing, Options, Leaf):
 
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
-    def _check(
-        self,
-        input: Tensor,  # in torch's layout
-        B: int,
-        hx: Any,  # as it was given, if it has to be a pair
-        h: Tensor,
-        c: Tensor | None,
-        dtype: torch.dtype,  # of the weights
-        batch_sizes: Tensor | None = None,
-    ) -> None:
-        """Checks what torch checks, in its order and words."""
-        layers = self.num_layers * 2 if self.bidirectional else self.num_layers
-        if (
-            input.dtype != dtype
-            or input.shape[-1] != self.input_size
-            or h.shape != (layers, B, self.proj_size or self.hidden_size)
-            or (c is not None and c.shape != (layers, B, self.hidden_size))
-        ):
-            self._update_flat_weights()
-            if c is None:
-                self.check_forward_args(input, h, batch_sizes)
-            else:
-                torch.nn.LSTM.check_forward_args(self, input, (h, c), batch_sizes)  # type: ignore[arg-type]
-        if c is not None and (type(hx) is not tuple or len(hx) != 2):
-            check_pair(hx)
-        device = input.device
-        states = (h,) if c is None else (h, c)
-        for state in states:
-            if state.device != device:
-                raise RuntimeError(
-                    "Input and hidden tensors are not at the same device, "
-                    f"found input tensor at {device} and hidden tensor at {state.device}"
-                )
-        if input.dtype != dtype and not self._fits(input, dtype):
-            raise RuntimeError(f"input must have the dtype of the weights. Expected {dtype}, got {input.dtype}")
-        for state in states:
-            if state.dtype != dtype and not self._fits(state, dtype):
-                raise RuntimeError(f"hx must have the dtype of input. Expected {input.dtype}, got {state.dtype}")
+    def _call(self, input: Any, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool) -> Any:
+        """The results of `forward`."""
+        if isinstance(input, Proxy):
+            return self._traced(input, hx, lengths=lengths, resets=resets, return_sequence_states=return_states)
+        output, h_n, c_n, states = self._run(input, hx, lengths, resets, return_states)
+        state = h_n if c_n is None else (h_n, c_n)
+        return (output, state, states) if return_states else (output, state)
 
     def _run(
         self, input: Any, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool = False
     ) -> tuple[Any, Tensor, Tensor | None, Any]:
         """Output, h_n, c_n and, if asked for, the states after every step, in the form that the input has."""
         if isinstance(input, PackedSequence):
-            return self._run_packed(input, hx, lengths, resets, return_states)
+            for name, value in (("lengths", lengths), ("resets", resets)):
+                if value is not None:
+                    raise ValueError(f"{name} must be None if input is a PackedSequence, got {type(value).__name__}")
+            return run_packed(self, input, hx, return_states)
         try:
             rank = input.dim()
         except AttributeError:
@@ -285,7 +258,7 @@ class _Recurrent(Packing, Options, Leaf):
         weight = first[0][0]
         assert weight is not None
         dtype = self._dtype(weight)
-        self._check(input, B, hx, h, c, dtype)
+        check_call(self, input, B, hx, h, c, dtype)
         if lengths is not None:
             lengths = check_lengths(lengths, T, B)
         if resets is not None:
@@ -402,58 +375,6 @@ class _Recurrent(Packing, Options, Leaf):
         if c is None:
             return y, torch.cat(h_layers), None, states
         return y, torch.cat(h_layers), torch.cat(c_layers).to(dtype), states
-
-    def _run_packed(
-        self, packed: PackedSequence, hx: Any, lengths: Tensor | None, resets: Tensor | None, return_states: bool
-    ) -> tuple[PackedSequence, Tensor, Tensor | None, PackedSequence | None]:
-        """Runs a packed sequence as it lies, rows in its sorted order."""
-        data, batch_sizes, order, back = packed
-        for name, value in (("lengths", lengths), ("resets", resets)):
-            if value is not None:
-                raise ValueError(f"{name} must be None if input is a PackedSequence, got {type(value).__name__}")
-        B = int(batch_sizes[0])
-        if not torch.compiler.is_compiling() and bool((batch_sizes[1:] > batch_sizes[:-1]).any()):
-            raise RuntimeError(f"batch_sizes of input must not increase, got {batch_sizes.tolist()}")
-        if not torch.compiler.is_compiling() and int(batch_sizes.sum()) != data.shape[0]:
-            raise RuntimeError(
-                f"batch_sizes of input must add up to its rows, {data.shape[0]}, got {int(batch_sizes.sum())}"
-            )
-        if hx is None:
-            hx = h, c = self._first_state(data, B)
-        else:
-            if not self._two_states:
-                h, c = hx, None
-            else:
-                h, c = check_pair(hx) if order is None else first_two(hx)
-            if not isinstance(h, Tensor) or (self._two_states and not isinstance(c, Tensor)):
-                if order is None and not self._two_states:
-                    self.check_input(data, batch_sizes)  # torch looks at it first
-                absent = TypeError if order is None and self._two_states else AttributeError
-                raise absent(not_tensors(h, c, self._two_states))
-            if order is not None:
-                h = h.index_select(1, order)
-                c = None if c is None else c.index_select(1, order)
-                hx = h, c
-        if data.dim() != 2:
-            self.check_input(data, batch_sizes)
-        first = self._layer_weights(0)
-        assert first[0][0] is not None
-        dtype = self._dtype(first[0][0])
-        self._check(data, B, hx, h, c, dtype, batch_sizes)
-        result = dtype
-        if data.dtype != dtype or h.dtype != dtype or (c is not None and c.dtype != dtype):  # by autocast
-            result = result_dtype(self.mode, h if c is None else c, dtype, fused=False)
-            data, h = data.to(dtype), h.to(dtype)
-        row_lengths = (batch_sizes[:, None] > torch.arange(B, device=batch_sizes.device)).sum(0)
-        y, h_n, c_n, states = self._layers(data, h, c, first, row_lengths, None, return_states)
-        if result != dtype:
-            y, h_n, c_n, states = self._widened(result, y, h_n, c_n, states)
-        if back is not None:
-            h_n = h_n.index_select(1, back)
-            c_n = None if c_n is None else c_n.index_select(1, back)
-        output = PackedSequence(y, batch_sizes, order, back)
-        every = None if states is None else tuple(PackedSequence(s, batch_sizes, order, back) for s in states)
-        return output, h_n, c_n, self._in_form(every)
 
 
 def _every_state(

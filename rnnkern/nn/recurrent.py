@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 from typing_extensions import Unpack
 
@@ -80,14 +79,7 @@ class _OneState(_Recurrent):
             result = self._short(input, hx)
             if result is not None:
                 return result
-        if isinstance(input, Proxy):
-            return self._traced(
-                input, hx, lengths=lengths, resets=resets, return_sequence_states=return_sequence_states
-            )
-        output, h_n, _, states = self._run(input, hx, lengths, resets, return_sequence_states)
-        if return_sequence_states:
-            return output, h_n, states
-        return output, h_n
+        return self._call(input, hx, lengths, resets, return_sequence_states)
 
 
 @public
@@ -185,14 +177,7 @@ class LSTM(_Recurrent):  # noqa: D101, it has one
             result = self._short(input, hx)
             if result is not None:
                 return result
-        if isinstance(input, Proxy):
-            return self._traced(
-                input, hx, lengths=lengths, resets=resets, return_sequence_states=return_sequence_states
-            )
-        output, h_n, c_n, states = self._run(input, hx, lengths, resets, return_sequence_states)
-        if return_sequence_states:
-            return output, (h_n, c_n), states
-        return output, (h_n, c_n)
+        return self._call(input, hx, lengths, resets, return_sequence_states)
 
 
 @public
