@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import rnnkern
+from rnnkern import _enable
 
 WORLD = 2
 PATIENCE = datetime.timedelta(minutes=5)  # on a busy machine; a check that fails in one process alone takes as long
@@ -281,6 +282,7 @@ def fsdp_packs_nothing_with_enable(_: Path) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), reshard_after_forward=False)
     with rnnkern.enable():
         assert_rows_are_seen(model, peer, torch.randn(3, B, 32))
+        assert not _enable._switch._known["lstm"][0]  # nothing is kept of weights
 
 
 @check
