@@ -110,7 +110,7 @@ class _Cell(Packing, torch.nn.RNNCellBase, Leaf):
         weights = self._weights()
         weight = weights[0]
         if weight is None or weights[1] is None:
-            raise TypeError(f"{_NAMES[weight is not None]} must be a tensor, got NoneType")
+            raise TypeError(f"{NAMES[weight is not None]} must be a tensor, got NoneType")
         dtype = autocast_dtype(weight)
         if x.layout != torch.strided:
             x = x.to_dense()
