@@ -64,6 +64,8 @@ def _attention_backward(
 
 def _register(counter: ModuleType) -> None:
     ops = torch.ops.rnnkern
+    if ops.layer in counter.flop_registry:  # rnnkern was reloaded
+        return
     for operators, formula in (
         ([ops.layer, ops.layer_inference, ops.layer_int8], _layer),
         ([ops.layer_backward], _layer_backward),
