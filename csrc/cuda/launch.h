@@ -1,0 +1,143 @@
+// Launches kernels of one argument, and tells what the device is. Emulated like device.h; never synchronises.
+#pragma once
+
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+
+#ifdef RNNKERN_EMULATED
+#include "emulator/emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace rnnkern::cuda {
+
+struct LaunchShape {
+  int blocks, threads;
+  size_t shared_bytes = 0;
+  int cluster = 1;           // blocks of a cluster
+  bool cooperative = false;  // all blocks run at once
+};
+
+struct DeviceFacts {
+  int capability;  // 90: 9.0
+  int multiprocessors;
+  size_t shared_bytes;  // that a block may ask for
+  int largest_cluster;  // 1: none
+};
+
+inline std::string describe(const char* name, const LaunchShape& shape) {
+  return std::string(name) + " with " + std::to_string(shape.blocks) + " blocks of " + std::to_string(shape.threads) +
+         " threads, " + std::to_string(shape.shared_bytes) + " bytes of shared memory, clusters of " +
+         std::to_string(shape.cluster);
+}
+
+#ifdef RNNKERN_EMULATED
+
+using Stream = void*;
+
+// An H100's, which the engines are built for.
+inline DeviceFacts device_facts() { return {90, 132, 227 << 10, 16}; }
+
+template <class Arguments>
+void launch(const char* name, void (*kernel)(Arguments), const LaunchShape& shape, const Arguments& arguments, Stream) {
+  if (shape.blocks == 0) return;
+  if (shape.shared_bytes > device_facts().shared_bytes || shape.cluster > device_facts().largest_cluster)
+    throw std::runtime_error("cannot launch " + describe(name, shape));
+  emulator::launch({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, shape.cooperative},
+                   [&] { kernel(arguments); });
+}
+
+// How many blocks of such a launch, whole clusters, can run at once.
+template <class Arguments>
+int resident_blocks(void (*)(Arguments), const LaunchShape& shape) {
+  return device_facts().multiprocessors / shape.cluster * shape.cluster;
+}
+
+#else
+
+using Stream = cudaStream_t;
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call does not find it
+  throw std::runtime_error(what + ": " + cudaGetErrorString(error));
+}
+
+inline DeviceFacts device_facts() {
+  int device = 0;
+  check(cudaGetDevice(&device), "the current device");
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, device), "the device's attributes");
+    return value;
+  };
+  const int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  return {capability, attribute(cudaDevAttrMultiProcessorCount),
+          size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)), capability >= 90 ? 16 : 1};
+}
+
+template <class Arguments>
+void prepare(const char* name, void (*kernel)(Arguments), const LaunchShape& shape) {
+  if (shape.shared_bytes > 48 << 10)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)),
+          "cannot launch " + describe(name, shape));
+  if (shape.cluster > 8)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+          "cannot launch " + describe(name, shape));
+}
+
+inline cudaLaunchConfig_t configuration(const LaunchShape& shape, cudaLaunchAttribute (&attributes)[2], Stream stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(shape.blocks));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim = {unsigned(shape.cluster), 1, 1};
+    config.numAttrs++;
+  }
+  if (shape.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs].val.cooperative = 1;
+    config.numAttrs++;
+  }
+  return config;
+}
+
+template <class Arguments>
+void launch(const char* name, void (*kernel)(Arguments), const LaunchShape& shape, const Arguments& arguments,
+            Stream stream) {
+  if (shape.blocks == 0) return;
+  prepare(name, kernel, shape);
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = configuration(shape, attributes, stream);
+  check(cudaLaunchKernelEx(&config, kernel, arguments), "cannot launch " + describe(name, shape));
+}
+
+template <class Arguments>
+int resident_blocks(void (*kernel)(Arguments), const LaunchShape& shape) {
+  try {
+    prepare("", kernel, shape);
+  } catch (const std::runtime_error&) {
+    return 0;
+  }
+  int count = 0;
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute attributes[2];
+    const cudaLaunchConfig_t config = configuration(shape, attributes, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) return cudaGetLastError(), 0;
+    return count * shape.cluster;
+  }
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads, shape.shared_bytes) != cudaSuccess)
+    return cudaGetLastError(), 0;
+  return count * device_facts().multiprocessors;
+}
+
+#endif
+
+}  // namespace rnnkern::cuda

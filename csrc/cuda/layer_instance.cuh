@@ -1,0 +1,49 @@
+// Makes a cell's launchers from the engines' kernels.
+#pragma once
+
+#include "cuda/launch.h"
+#include "cuda/launchers.h"
+#include "cuda/stepwise.cuh"
+
+namespace rnnkern::cuda {
+
+inline LaunchShape one_thread_each(int64_t elements) {
+  return {int((elements + kStepThreads - 1) / kStepThreads), kStepThreads};
+}
+
+inline int64_t units(const Sequence& sequence, int H) { return int64_t(sequence.D) * sequence.B * H; }
+
+template <class Cell, class S, class C>
+CellLaunchers make_launchers() {
+  CellLaunchers launchers{};
+  launchers.stepwise.begin = [](const StepForward<void, void>& a, void* stream) {
+    launch("begin", begin<S, C>, one_thread_each(units(a.forward.sequence, a.forward.H)), typed<StepForward<S, C>>(a),
+           Stream(stream));
+  };
+  launchers.stepwise.next_step = [](const StepForward<void, void>& a, void* stream) {
+    launch("next_step", next_step<Cell, S, C>, one_thread_each(units(a.forward.sequence, a.forward.H)),
+           typed<StepForward<S, C>>(a), Stream(stream));
+  };
+  launchers.stepwise.previous_h = [](const PreviousH<void>& a, void* stream) {
+    launch("previous_h", previous_h<S>, one_thread_each(units(a.sequence, a.H) * a.sequence.T), typed<PreviousH<S>>(a),
+           Stream(stream));
+  };
+  launchers.stepwise.step_backward = [](const StepBackward<void, void>& a, void* stream) {
+    launch("step_backward", step_backward<Cell, S, C>, one_thread_each(units(a.backward.sequence, a.backward.H)),
+           typed<StepBackward<S, C>>(a), Stream(stream));
+  };
+  launchers.stepwise.end_backward = [](const StepBackward<void, void>& a, void* stream) {
+    launch("end_backward", end_backward<S, C>, one_thread_each(units(a.backward.sequence, a.backward.H)),
+           typed<StepBackward<S, C>>(a), Stream(stream));
+  };
+  return launchers;
+}
+
+template <class Cell>
+const CellLaunchers& launchers_of(Dtype dtype) {
+  static const CellLaunchers f32 = make_launchers<Cell, float, float>(), f64 = make_launchers<Cell, double, double>(),
+                             bf16 = make_launchers<Cell, Bf16, float>(), f16 = make_launchers<Cell, F16, float>();
+  return dtype == Dtype::f64 ? f64 : dtype == Dtype::bf16 ? bf16 : dtype == Dtype::f16 ? f16 : f32;
+}
+
+}  // namespace rnnkern::cuda
