@@ -23,7 +23,7 @@ template <class S, class C>
 struct Forward {
   Sequence sequence;
   int H;
-  const S* gx;       // [D, N, G*H]  W_ih x
+  const S* gx;       // [N, D, G*H]  W_ih x
   const S* w_hh[2];  // [G*H, H]
   const S* b_ih[2];  // [G*H] or null
   const S* b_hh[2];  // [G*H] or null
@@ -33,8 +33,8 @@ struct Forward {
   S* h_n;            // [D, B, H]
   C* c_n;            // [D, B, H] or null
   C* c_all;          // [N, D*H] or null: not wanted
-  S* saved;          // [D, N, kSaved, H] or null: no backward follows
-  C* c_before;       // [D, N, H] or null: c before the step; with `saved`
+  S* saved;          // [N, D, kSaved, H] or null: no backward follows
+  C* c_before;       // [N, D, H] or null: c before the step; with `saved`
 };
 
 template <class S, class C>
@@ -48,10 +48,10 @@ struct Backward {
   const C* dc_all;   // [N, D*H]
   const S* saved;    // as forward left them; so the next
   const C* c_before;
-  const S* h_before;  // [D, N, H]: h before each step
+  const S* h_before;  // [N, D, H]: h before each step
   double clip;        // limit of each element of dgx and dgh; 0: none
-  S* dgx;             // [D, N, G*H]; past a row's end left alone; so the next
-  S* dgh;             // [D, N, G*H]; the same memory as dgx for cells without split gates
+  S* dgx;             // [N, D, G*H]; past a row's end left alone; so the next
+  S* dgh;             // [N, D, G*H]; the same memory as dgx for cells without split gates
   C* dh0;             // [D, B, H]
   C* dc0;             // [D, B, H] or null
 };

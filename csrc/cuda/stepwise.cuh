@@ -70,7 +70,7 @@ next_step(RNNKERN_ARGUMENT StepForward<S, C> a) {
   if (!unit.locate(sequence, f.H)) return;
   const Row row(sequence, unit.d, unit.b);
   if (a.step >= row.length) return;
-  const int64_t H = f.H, place = row.place(sequence, a.step), at_d = unit.d * sequence.N + place;
+  const int64_t H = f.H, place = row.place(sequence, a.step), at_d = place * sequence.D + unit.d;
   const int64_t states = int64_t(sequence.B) * H;
 
   R gx[G], gh[G], state[Cell::kStates], next[Cell::kStates], saved[Cell::kSaved];
@@ -102,7 +102,7 @@ next_step(RNNKERN_ARGUMENT StepForward<S, C> a) {
   }
 }
 
-// h before each step, [D, N, H]: y of the step before it, h0 at the first, zero where an episode starts.
+// h before each step, [N, D, H]: y of the step before it, h0 at the first, zero where an episode starts.
 template <class S>
 RNNKERN_KERNEL(kStepThreads, 1)
 previous_h(RNNKERN_ARGUMENT PreviousH<S> a) {
@@ -114,7 +114,7 @@ previous_h(RNNKERN_ARGUMENT PreviousH<S> a) {
   const int b = int(at / H % sequence.B), d = int(at / H / sequence.B / sequence.T);
   const Row row(sequence, d, b);
   if (step >= row.length) {
-    if (!sequence.offsets) store(a.h_before + (d * sequence.N + step * sequence.B + b) * H + u, narrow<S>(0.0f));
+    if (!sequence.offsets) store(a.h_before + ((step * sequence.B + b) * sequence.D + d) * H + u, narrow<S>(0.0f));
     return;
   }
   S h;
@@ -124,7 +124,7 @@ previous_h(RNNKERN_ARGUMENT PreviousH<S> a) {
     h = load(a.h0 + (int64_t(d) * sequence.B + b) * H + u);
   else
     h = load(a.y + row.place(sequence, step - 1) * sequence.D * H + d * H + u);
-  store(a.h_before + (d * sequence.N + row.place(sequence, step)) * H + u, h);
+  store(a.h_before + (row.place(sequence, step) * sequence.D + d) * H + u, h);
 }
 
 template <class Cell, class S, class C>
@@ -143,7 +143,7 @@ step_backward(RNNKERN_ARGUMENT StepBackward<S, C> a) {
     for (int g = 0; g < G; ++g) store(dgh_step + g * H, narrow<S>(C(0)));
     return;
   }
-  const int64_t place = row.place(sequence, a.step), at_d = unit.d * sequence.N + place;
+  const int64_t place = row.place(sequence, a.step), at_d = place * sequence.D + unit.d;
   const int64_t out = place * sequence.D * H + unit.d * H + unit.u;
 
   R state[Cell::kStates], dnext[Cell::kStates], saved[Cell::kSaved], dgx[G], dgh[G], dstate[Cell::kStates];
