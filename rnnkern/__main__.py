@@ -86,7 +86,8 @@ def info() -> None:
         rows["isa"] = f"{extension.get_isa()} (supported: {', '.join(extension.supported_isas())}; set RNNKERN_CPU_ISA)"
         rows["build"] = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
     for name in _dispatch.BACKENDS:
-        why = _dispatch.refusal(name, "lstm", "cpu", torch.float32, False, _library.reason)
+        device = "cuda" if name == "cuda" else "cpu"
+        why = _dispatch.refusal(name, "lstm", device, torch.float32, 1, missing=_library.missing)
         rows[f"backend {name}"] = f"no: {why}" if why else "yes"
     width = max(map(len, rows))
     for name, value in rows.items():

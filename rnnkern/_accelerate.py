@@ -229,7 +229,7 @@ def _refusal(module: Any, plain: type[torch.nn.Module]) -> str:
         1,
         module.hidden_size,
         projection=projection,
-        missing=_library.reason,
+        missing=_library.missing,
     )
     return "" if choice.backend == "cpu" else choice.why.removesuffix(": eager reference")
 

@@ -1,4 +1,7 @@
-"""Loads the compiled kernels: operators (librnnkern.so, into torch.ops.rnnkern) and _C (build facts, ISA choice)."""
+"""Loads the compiled kernels: operators (librnnkern.so, into torch.ops.rnnkern) and _C (build facts, ISA choice).
+
+The emulated CUDA kernels, for tests, are a library of their own, librnnkern_emulated.so, loaded when asked for.
+"""
 
 import importlib
 import warnings
@@ -8,6 +11,7 @@ from types import ModuleType
 import torch
 
 _PATH = Path(__file__).with_name("librnnkern.so")
+_EMULATED_PATH = Path(__file__).with_name("librnnkern_emulated.so")
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -23,7 +27,31 @@ def _load() -> tuple[ModuleType | None, str]:
 
 extension, reason = _load()  # rnnkern._C, or None and why
 available = extension is not None
+
+
+def _missing_cuda() -> str:
+    if not available:
+        return reason
+    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("rnnkern::cuda_layer", "CUDA")
+    return "" if has_kernels else "this build has no CUDA kernels: nvcc was not found"
+
+
+# Why the kernels of a backend are not here, "" if they are.
+missing = {"cpu": reason, "cuda": _missing_cuda(), "cuda-emulated": "the emulated kernels are not loaded"}
 _warned = False
+
+
+def load_emulated() -> None:
+    """Loads the emulated CUDA kernels, unless that was done; `missing` says whether it went well."""
+    if not missing["cuda-emulated"]:
+        return
+    if not available:
+        missing["cuda-emulated"] = reason
+    elif not _EMULATED_PATH.exists():
+        missing["cuda-emulated"] = f"{_EMULATED_PATH.name} is not built (run `make build`)"
+    else:
+        torch.ops.load_library(_EMULATED_PATH)  # type: ignore[no-untyped-call]
+        missing["cuda-emulated"] = ""
 
 
 def warn_if_missing() -> None:

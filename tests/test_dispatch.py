@@ -23,12 +23,13 @@ def test_cpu_kernels_run_what_they_support() -> None:
     [
         ({"device": "meta"}, "the tensors are on meta, not on the cpu"),
         ({"device": "xpu"}, "the tensors are on xpu, not on the cpu"),
-        ({"device": "cuda"}, "cuda kernels are not part of this version"),
+        ({"device": "cuda", "missing": {"cuda": "no nvcc"}}, "no nvcc"),
         ({"projection": True}, "proj_size is not supported by cpu kernels"),
         ({"dtype": torch.complex64}, "torch.complex64 is not supported by cpu kernels"),
         ({"transformed": True}, "torch.func transforms and forward-mode derivatives are not supported by cpu kernels"),
         ({"cell": "toy"}, "cell 'toy' is not supported by cpu kernels"),
-        ({"missing": "not built"}, "not built"),
+        ({"missing": {"cpu": "not built"}}, "not built"),
+        ({"H": 0}, "a hidden size of zero is not supported by cpu kernels"),
     ],
 )
 def test_the_rest_falls_to_the_reference(change: dict[str, object], why: str) -> None:

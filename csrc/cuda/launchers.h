@@ -11,6 +11,7 @@ struct StepwiseLaunchers {
   void (*begin)(const StepForward<void, void>&, void* stream);
   void (*next_step)(const StepForward<void, void>&, void* stream);
   void (*previous_h)(const PreviousH<void>&, void* stream);
+  void (*without_padding)(const WithoutPadding<void>&, void* stream);
   void (*step_backward)(const StepBackward<void, void>&, void* stream);
   void (*end_backward)(const StepBackward<void, void>&, void* stream);
 };

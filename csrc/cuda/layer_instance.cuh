@@ -28,6 +28,10 @@ CellLaunchers make_launchers() {
     launch("previous_h", previous_h<S>, one_thread_each(units(a.sequence, a.H) * a.sequence.T), typed<PreviousH<S>>(a),
            Stream(stream));
   };
+  launchers.stepwise.without_padding = [](const WithoutPadding<void>& a, void* stream) {
+    launch("without_padding", without_padding<S>, one_thread_each(a.sequence.N * a.I), typed<WithoutPadding<S>>(a),
+           Stream(stream));
+  };
   launchers.stepwise.step_backward = [](const StepBackward<void, void>& a, void* stream) {
     launch("step_backward", step_backward<Cell, S, C>, one_thread_each(units(a.backward.sequence, a.backward.H)),
            typed<StepBackward<S, C>>(a), Stream(stream));

@@ -127,6 +127,16 @@ previous_h(RNNKERN_ARGUMENT PreviousH<S> a) {
   store(a.h_before + (row.place(sequence, step) * sequence.D + d) * H + u, h);
 }
 
+// x with zeros past each row's end, where it may hold anything.
+template <class S>
+RNNKERN_KERNEL(kStepThreads, 1)
+without_padding(RNNKERN_ARGUMENT WithoutPadding<S> a) {
+  const int64_t at = int64_t(block_index()) * block_threads() + thread_index(), place = at / a.I;
+  if (place >= a.sequence.N) return;
+  const bool padding = place / a.sequence.B >= load(a.sequence.lengths + place % a.sequence.B);
+  store(a.out + at, padding ? narrow<S>(0.0f) : load(a.x + at));
+}
+
 template <class Cell, class S, class C>
 RNNKERN_KERNEL(kStepThreads, 1)
 step_backward(RNNKERN_ARGUMENT StepBackward<S, C> a) {

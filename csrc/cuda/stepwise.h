@@ -24,6 +24,14 @@ struct PreviousH {
   S* h_before;
 };
 
+template <class S>
+struct WithoutPadding {
+  Sequence sequence;
+  int64_t I;
+  const S* x;  // [T, B, I]
+  S* out;      // the same; zero past each row's end
+};
+
 template <class S, class C>
 struct StepBackward {
   Backward<S, C> backward;

@@ -11,8 +11,8 @@ from torch import Tensor
 from rnnkern.nn._episodes import Episodes
 from rnnkern.ops import onnx
 from rnnkern.ops.clip import clip_sequences
+from rnnkern.ops.formulas import Outputs
 from rnnkern.ops.recompute import segmented
-from rnnkern.ops.recurrence import Outputs
 
 OF_BACKWARD = ("grad_clip", "grad_clip_norm", "checkpoint_every")  # what changes nothing without gradients
 

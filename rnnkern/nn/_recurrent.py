@@ -18,8 +18,9 @@ from rnnkern.nn._options import OPTIONS, Options
 from rnnkern.nn._packed import run_packed
 from rnnkern.nn._packing import Packing
 from rnnkern.nn._written import write_step
+from rnnkern.ops.formulas import Outputs
 from rnnkern.ops.packs import Weights
-from rnnkern.ops.recurrence import Outputs, check_lengths, recurrence
+from rnnkern.ops.recurrence import check_lengths, recurrence
 from rnnkern.ops.short import SHORT
 
 _TORCH_MODES = ("RNN_TANH", "RNN_RELU", "LSTM", "GRU")  # a cell's mode is its name in capitals

@@ -2,9 +2,10 @@
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from rnnkern import _library
 from rnnkern.cells import CELLS, EAGER_CELLS
 
 BACKENDS = ("cpu", "triton", "cuda", "eager")  # in order of preference
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TRANSFORMED = "torch.func transforms and forward-mode derivatives are not supported by cpu kernels"
+EMULATED = "cuda-emulated"  # CUDA's kernels run by the CPU, for tests; chosen only by force
+ENGINES = ("stepwise",)  # of the CUDA backend
+KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRANSFORMED = "torch.func transforms and forward-mode derivatives are not supported"
 
 
 class BackendUnavailable(RuntimeError):
@@ -30,26 +33,39 @@ class Choice(NamedTuple):
 
 
 def refusal(
-    backend: str, cell: str, device: str, dtype: torch.dtype, projection: bool, missing: str, transformed: bool = False
+    backend: str,
+    cell: str,
+    device: str,
+    dtype: torch.dtype,
+    H: int,
+    *,
+    projection: bool = False,
+    transformed: bool = False,
+    missing: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """Why a backend cannot run a layer, "" if it can; `missing` says why the compiled kernels are absent, "" if not."""
+    """Why a backend cannot run a layer, "" if it can; the arguments are those of `choose`."""
     if backend == "eager":
         return ""
-    if backend != "cpu":
-        return f"{backend} kernels are not part of this version"
-    if device != "cpu":
-        return f"the tensors are on {device}, not on the cpu"
+    if backend == "triton":
+        return "triton kernels are not part of this version"
+    own = "cuda" if backend == "cuda" else "cpu"
+    if device != own:
+        return f"the tensors are on {device}, not on the {own}"
     if projection:
-        return "proj_size is not supported by cpu kernels"
-    if dtype not in CPU_DTYPES:
-        return f"{dtype} is not supported by cpu kernels"
+        return f"proj_size is not supported by {backend} kernels"
+    if dtype not in KERNEL_DTYPES:
+        return f"{dtype} is not supported by {backend} kernels"
     if transformed:
-        return TRANSFORMED
+        return f"{TRANSFORMED} by {backend} kernels"
     if cell in EAGER_CELLS:
-        return f"{cell} is not supported by cpu kernels: they multiply by the recurrent weights before they know r"
+        return (
+            f"{cell} is not supported by {backend} kernels: they multiply by the recurrent weights before they know r"
+        )
     if cell not in CELLS:
-        return f"cell {cell!r} is not supported by cpu kernels"
-    return missing
+        return f"cell {cell!r} is not supported by {backend} kernels"
+    if H == 0:
+        return f"a hidden size of zero is not supported by {backend} kernels"
+    return missing.get(backend, "")
 
 
 def choose(
@@ -63,7 +79,7 @@ def choose(
     projection: bool = False,
     transformed: bool = False,
     forced: str | None = None,
-    missing: str = "",
+    missing: Mapping[str, str] = MappingProxyType({}),
 ) -> Choice:
     """Chooses the backend for one layer from these facts alone, so that it can be tested for hardware that is not here.
 
@@ -77,20 +93,19 @@ def choose(
         projection: whether the layer projects h (proj_size).
         transformed: whether a torch.func transform or forward-mode differentiation is active.
         forced: the backend that the user asks for, or None.
-        missing: why the compiled kernels are absent, "" if they are present.
+        missing: for each backend why its kernels are absent, "" if they are present.
 
     Raises:
         BackendUnavailable: `forced` cannot run this.
     """
-    if H == 0:
-        missing = missing or "a hidden size of zero is not supported by cpu kernels"
+    own = device if device in BACKENDS else "cpu"  # the backend whose refusal is worth telling
+    why = refusal(
+        forced or own, cell, device, dtype, H, projection=projection, transformed=transformed, missing=missing
+    )
     if forced is not None:
-        why = refusal(forced, cell, device, dtype, projection, missing, transformed)
         if why:
             raise BackendUnavailable(f"backend {forced!r} cannot run {cell}: {why}")
         return Choice(forced, "forced by rnnkern.backend")
-    own = device if device in BACKENDS else "cpu"  # the backend whose refusal is worth telling
-    why = refusal(own, cell, device, dtype, projection, missing, transformed)
     return Choice("eager", f"{why}: eager reference") if why else Choice(own, "")
 
 
@@ -99,7 +114,7 @@ def _cached_choice(
     cell: str, device: torch.device, dtype: torch.dtype, T: int, B: int, H: int, projection: bool
 ) -> Choice:
     """`choose` without an override; a short call spends half a microsecond here, not three."""
-    return choose(cell, device.type, dtype, T, B, H, projection=projection, missing=_library.reason)
+    return choose(cell, device.type, dtype, T, B, H, projection=projection, missing=_library.missing)
 
 
 _thread = threading.local()
@@ -128,11 +143,17 @@ class _Override:
 
 
 @contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str, *, engine: str | None = None) -> Iterator[None]:
     """Forces a backend ("eager", "cpu", "triton", "cuda") for the layers that this thread runs inside the block.
 
+    "cuda-emulated" runs the CUDA kernels on the CPU, for tests: right, and thousands of times slower.
+
+    Args:
+        name: the backend.
+        engine: of the CUDA backend, "stepwise"; None: the library chooses.
+
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: there is no backend or engine of that name.
         BackendUnavailable: it can run nothing here; inside the block: it cannot run that layer.
 
     Example:
@@ -140,19 +161,31 @@ def backend(name: str) -> Iterator[None]:
         >>> with rnnkern.backend("eager"):
         ...     y, h_n = rnnkern.nn.GRU(3, 4)(torch.ones(5, 2, 3))
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(sorted(BACKENDS))}, got {name!r}")
-    if name not in ("eager", "cpu"):
-        raise BackendUnavailable(f"backend {name!r} cannot run: {refusal(name, '', '', torch.float32, False, '')}")
-    if name == "cpu" and not _library.available:
-        raise BackendUnavailable(f"backend 'cpu' cannot run: {_library.reason}")
-    with _Override("forced", name):
+    if name not in (*BACKENDS, EMULATED):
+        raise ValueError(f"backend must be one of {', '.join(sorted((*BACKENDS, EMULATED)))}, got {name!r}")
+    if engine is not None and (name not in ("cuda", EMULATED) or engine not in ENGINES):
+        raise ValueError(
+            f"engine must be one of {', '.join(ENGINES)}, with backend 'cuda'; got {engine!r} with {name!r}"
+        )
+    if name == EMULATED:
+        _library.load_emulated()
+    why = refusal(name, "lstm", "cuda" if name == "cuda" else "cpu", torch.float32, 1, missing=_library.missing)
+    if not why and name == "cuda" and not torch.cuda.is_available():
+        why = "torch finds no GPU"
+    if why:
+        raise BackendUnavailable(f"backend {name!r} cannot run: {why}")
+    with _Override("forced", name), _Override("engine", engine):
         yield
 
 
 def forced() -> str | None:
     """The backend that this thread forces, or None."""
     return getattr(_thread, "forced", None) if _overrides else None
+
+
+def forced_engine() -> str:
+    """The CUDA engine that this thread forces, or ""."""
+    return (getattr(_thread, "engine", None) or "") if _overrides else ""
 
 
 def note(kind: Callable[..., Any], *facts: Any) -> None:
@@ -191,7 +224,7 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> st
             projection=projection,
             transformed=changed,
             forced=getattr(_thread, "forced", None) if _overrides else None,
-            missing=_library.reason,
+            missing=_library.missing,
         )
         note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why)
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:

@@ -179,10 +179,10 @@ def refusal(device: str, dtype: torch.dtype, transformed: bool) -> str:
     """Why the CPU kernels cannot run this attention, "" if they can."""
     if device != "cpu":
         return f"the tensors are on {device}, not on the cpu"
-    if dtype not in _dispatch.CPU_DTYPES:
+    if dtype not in _dispatch.KERNEL_DTYPES:
         return f"{dtype} is not supported by cpu kernels"
     if transformed:
-        return _dispatch.TRANSFORMED
+        return f"{_dispatch.TRANSFORMED} by cpu kernels"
     return _library.reason
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.cells.reference import compute_dtype, refuse_forward_mode
-from rnnkern.ops.recurrence import Outputs
+from rnnkern.ops.formulas import Outputs
 
 
 def clip_sequences(outputs: Outputs, lengths: Tensor | None, limit: float) -> Outputs:

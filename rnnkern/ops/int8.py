@@ -18,8 +18,9 @@ from rnnkern import _library
 from rnnkern.cells import CELLS, reference
 from rnnkern.ops import onnx
 from rnnkern.ops._dispatch import select
+from rnnkern.ops.formulas import Outputs, fake_inference
 from rnnkern.ops.packs import PackCache, Weights
-from rnnkern.ops.recurrence import Outputs, _fake_inference, _fake_pack, check_weights
+from rnnkern.ops.recurrence import _fake_pack, check_weights
 
 # Of both directions: w_ih, w_hh, b_ih, b_hh; then scale_ih, scale_hh. Matrices are int8, all else is float32.
 Int8Weights = Weights
@@ -58,7 +59,7 @@ def dequantized(weights: Int8Weights) -> Weights:
 
 
 def _fake_layer_int8(cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any) -> Outputs:
-    return _fake_inference(cell, x, h0, c0, *rest[:8], *rest[12:])  # without the scales
+    return fake_inference(cell, x, h0, c0, *rest[:8], *rest[12:])  # without the scales
 
 
 def _fake_pack_int8(cell: str, w_ih: Tensor, *rest: Any) -> Tensor:

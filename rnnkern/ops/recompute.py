@@ -9,8 +9,9 @@ from torch import Tensor
 
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops._dispatch import transformed
+from rnnkern.ops.formulas import Outputs, grad_of
 from rnnkern.ops.packs import PackCache, Weights
-from rnnkern.ops.recurrence import Outputs, grad_of, recurrence
+from rnnkern.ops.recurrence import recurrence
 
 
 def segmented(
