@@ -42,13 +42,21 @@ def test_the_rest_falls_to_the_reference(change: dict[str, object], why: str) ->
 
 def test_forcing_a_backend_that_cannot_run() -> None:
     with (
-        pytest.raises(ValueError, match="backend must be one of cpu, cuda, eager, triton, got 'mps'"),
+        pytest.raises(ValueError, match="backend must be one of cpu, cuda, cuda-emulated, eager, triton, got 'mps'"),
         rnnkern.backend("mps"),
     ):
         pass
-    for name in ("triton", "cuda"):
-        with pytest.raises(rnnkern.BackendUnavailable, match=f"{name} kernels are not part"), rnnkern.backend(name):
+    with pytest.raises(rnnkern.BackendUnavailable, match="triton kernels are not part"), rnnkern.backend("triton"):
+        pass
+    for engine, name in (("systolic", "cuda"), ("stepwise", "cpu")):
+        with pytest.raises(ValueError, match="engine must be one of"), rnnkern.backend(name, engine=engine):
             pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_forcing_cuda_without_a_gpu() -> None:
+    with pytest.raises(rnnkern.BackendUnavailable, match="'cuda' cannot run: .*"), rnnkern.backend("cuda"):
+        pass
 
 
 @needs_kernels
