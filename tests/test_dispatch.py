@@ -55,7 +55,7 @@ def test_forcing_a_backend_that_cannot_run() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_forcing_cuda_without_a_gpu() -> None:
-    with pytest.raises(rnnkern.BackendUnavailable, match="'cuda' cannot run: .*"), rnnkern.backend("cuda"):
+    with pytest.raises(rnnkern.BackendUnavailable, match="'cuda' cannot run: "), rnnkern.backend("cuda"):
         pass
 
 
