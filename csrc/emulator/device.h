@@ -56,27 +56,35 @@ void store(T* address, T value) {
 }
 template <class T>
 void store_streaming(T* address, T value) {
+  emulator::check_access(address, sizeof(T), sizeof(T), true, emulator::Space::global);
   store(address, value);
 }
 template <class T>
 T load_l2(const T* address) {
+  emulator::check_access(address, sizeof(T), sizeof(T), false, emulator::Space::global);
   return load(address);
 }
 
 inline unsigned load_acquire(const unsigned* address) {
+  emulator::check_access(address, sizeof(unsigned), sizeof(unsigned), false, emulator::Space::global);
   emulator::poll("load_acquire");
-  emulator::access(address, sizeof(unsigned), false);
   return *address;
 }
-inline void store_release(unsigned* address, unsigned value) { store(address, value); }
+inline void store_release(unsigned* address, unsigned value) {
+  emulator::check_access(address, sizeof(unsigned), sizeof(unsigned), true, emulator::Space::global);
+  store(address, value);
+}
 template <class T>
 T atomic_add(T* address, T value) {
-  emulator::access(address, sizeof(T), true);  // may suspend before, never between
+  emulator::access(address, sizeof(T), value != T(0));  // may suspend before, never between
   const T before = *address;
   *address = before + value;
   return before;
 }
-inline unsigned add_release(unsigned* address, unsigned value) { return atomic_add(address, value); }
+inline unsigned add_release(unsigned* address, unsigned value) {
+  emulator::check_access(address, sizeof(unsigned), sizeof(unsigned), true, emulator::Space::global);
+  return atomic_add(address, value);
+}
 inline void fence_device() {}
 
 inline emulator::Warp& own_warp() { return emulator::current->block->warps[size_t(warp_index())]; }
@@ -113,7 +121,7 @@ inline void arrive_cluster() {
   if (self.cluster_arrived) emulator::fail("arrive_cluster again without wait_cluster");
   self.cluster_arrived = true;
   self.cluster_generation = barrier.generation;
-  emulator::arrive(barrier);
+  emulator::arrive(barrier, "arrive_cluster");
 }
 inline void wait_cluster() {
   emulator::Thread& self = *emulator::current;
@@ -126,47 +134,58 @@ inline void sync_cluster() {
   wait_cluster();
 }
 
-// Every lane shows `value`; then the result of `read` on all of them. The second barrier keeps the next exchange away.
-template <class T, class Read>
-auto exchange(const T& value, const Read& read) {
-  static_assert(sizeof(T) <= sizeof(emulator::Warp::exchange[0]), "");
+// What every lane shows, once all do. The last to come runs `combine` on it, before anybody goes on. Slots alternate:
+// who shows something in the same slot again has met all lanes in between, after they had read it.
+template <class T, class Combine>
+const T* exchange(const char* place, const T& value, const Combine& combine) {
+  static_assert(sizeof(T) <= sizeof(emulator::Warp::shown[0][0]) && std::is_trivially_copyable_v<T>, "");
   emulator::Warp& warp = own_warp();
-  std::memcpy(warp.exchange[lane_index()], &value, sizeof(T));
-  sync_warp();
-  const auto result = read([&](int lane) {
-    T shown;
-    std::memcpy(&shown, warp.exchange[lane & 31], sizeof(T));
-    return shown;
-  });
-  sync_warp();
-  return result;
+  const int64_t generation = warp.barrier.generation;
+  T* shown = reinterpret_cast<T*>(&warp.shown[generation % 2]);
+  shown[lane_index()] = value;
+  if (warp.barrier.arrived + 1 == warp.barrier.expected) combine(shown);
+  emulator::arrive(warp.barrier, place);
+  emulator::wait_above(warp.barrier, generation, place);
+  return shown;
+}
+template <class T>
+const T* exchange(const char* place, const T& value) {
+  return exchange(place, value, [](T*) {});
 }
 template <class T>
 T shuffle(T value, int lane) {
-  return exchange(value, [&](const auto& of) { return of(lane); });
+  return exchange("shuffle", value)[lane & 31];
 }
 template <class T>
 T shuffle_xor(T value, int mask) {
-  const int own = lane_index();
-  return exchange(value, [&](const auto& of) { return of(own ^ mask); });
+  return exchange("shuffle_xor", value)[(lane_index() ^ mask) & 31];
 }
 inline unsigned ballot(bool value) {
-  return exchange(value, [](const auto& of) {
-    unsigned set = 0;
-    for (int lane = 0; lane < 32; ++lane) set |= unsigned(of(lane)) << lane;
-    return set;
+  return *exchange("a vote", unsigned(value), [](unsigned* votes) {
+    for (int lane = 1; lane < 32; ++lane) votes[0] |= votes[lane] << lane;
   });
 }
 inline bool any_lane(bool value) { return ballot(value) != 0; }
 inline bool all_lanes(bool value) { return ballot(value) == ~0u; }
 
-// The data comes at wait_copies, the latest moment that the GPU allows.
+// The data comes at once or at wait_copies: the earliest and the latest moment that the GPU allows.
+inline void carry_out(const emulator::Copy& copy) {
+  emulator::access(copy.to, copy.bytes, true);
+  emulator::check_access(copy.from, copy.valid, 1, false, emulator::Space::global);
+  std::memset(copy.to, 0, copy.bytes);
+  std::memcpy(copy.to, copy.from, copy.valid);
+}
 template <int bytes>
 void copy_async(void* shared, const void* global, int valid = bytes) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16, "");
   if (valid < 0 || valid > bytes) emulator::fail("copy_async: valid bytes out of range");
   if (reinterpret_cast<uintptr_t>(global) % bytes != 0) emulator::fail("copy_async from a misaligned address");
-  emulator::current->copies.push_back({shared, global, bytes, size_t(valid)});
+  emulator::check_access(shared, bytes, bytes, true, emulator::Space::own_shared);
+  const emulator::Copy copy{shared, global, bytes, size_t(valid)};
+  if (emulator::coin())
+    carry_out(copy);
+  else
+    emulator::current->copies.push_back(copy);
 }
 inline void commit_copies() { emulator::current->groups.push_back(emulator::current->copies.size()); }
 template <int groups_left>
@@ -174,14 +193,7 @@ void wait_copies() {
   emulator::Thread& self = *emulator::current;
   if (self.groups.size() <= size_t(groups_left)) return;
   const size_t count = self.groups[self.groups.size() - size_t(groups_left) - 1];
-  for (size_t i = 0; i < count; ++i) {
-    const emulator::Copy& copy = self.copies[i];
-    emulator::access(copy.to, copy.bytes, true);
-    for (size_t at = 0; at < copy.valid; ++at)
-      emulator::access(static_cast<const unsigned char*>(copy.from) + at, 1, false);
-    std::memset(copy.to, 0, copy.bytes);
-    std::memcpy(copy.to, copy.from, copy.valid);
-  }
+  for (size_t i = 0; i < count; ++i) carry_out(self.copies[i]);
   self.copies.erase(self.copies.begin(), self.copies.begin() + std::ptrdiff_t(count));
   self.groups.erase(self.groups.begin(), self.groups.end() - groups_left);
   for (size_t& end : self.groups) end -= count;
@@ -227,43 +239,64 @@ T from_float(float value) {
   }
 }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
-inline float exp2_approx(float x) { return std::exp2(x); }
-inline float reciprocal_approx(float x) { return 1.0f / x; }
+inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
+inline float reciprocal_approx(float x) { return flush(1.0f / flush(x)); }
 inline float tanh_exact(float x) { return std::tanh(x); }
 
-struct MmaOperands {
-  uint32_t a[4], b[2];
+// A lane's operands as floats, and its part of d. The last lane to come multiplies for all.
+template <int kHalf>  // values that a lane holds of a row of a
+struct MmaPart {
+  float a[2][kHalf], b[kHalf], d[4];  // a of rows group and group + 8
 };
+// A lane's values are in order of k: k_of(lane % 4, i) is that of value i.
+template <int kHalf, class K>
+void multiply_matrices(const char* place, float (&d)[4], const MmaPart<kHalf>& own, const K& k_of) {
+  const MmaPart<kHalf>* shown = exchange(place, own, [&](MmaPart<kHalf>* part) {
+    float b[4 * kHalf][8], a[16][4 * kHalf];  // [k, column], [row, k]
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < kHalf; ++i) {
+        const int k = k_of(lane % 4, i), group = lane / 4;
+        b[k][group] = part[lane].b[i];
+        a[group][k] = part[lane].a[0][i];
+        a[group + 8][k] = part[lane].a[1][i];
+      }
+    }
+    for (int row = 0; row < 16; ++row) {
+      float sum[8];
+      for (int column = 0; column < 8; ++column)
+        sum[column] = part[row % 8 * 4 + column / 2].d[row / 8 * 2 + column % 2];
+      for (int k = 0; k < 4 * kHalf; ++k) {
+        for (int column = 0; column < 8; ++column) sum[column] += a[row][k] * b[k][column];
+      }
+      for (int column = 0; column < 8; ++column)
+        part[row % 8 * 4 + column / 2].d[row / 8 * 2 + column % 2] = sum[column];
+    }
+  });
+  std::memcpy(d, shown[lane_index()].d, sizeof d);
+}
 template <class T>
 void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const MmaOperands own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const int lane = lane_index();
-  const auto value = [](uint32_t pair, int k) { return to_float(T{uint16_t(k % 2 ? pair >> 16 : pair)}); };
-  exchange(own, [&](const auto& of) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4, upper = i / 2, column = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; ++k) {
-        const MmaOperands left = of(row * 4 + k % 8 / 2), right = of(column * 4 + k % 8 / 2);
-        d[i] += value(left.a[upper + k / 8 * 2], k) * value(right.b[k / 8], k);
-      }
-    }
-    return 0;
-  });
+  MmaPart<4> own;
+  for (int i = 0; i < 4; ++i) {
+    const auto value = [&](uint32_t pair) { return to_float(T{uint16_t(i % 2 ? pair >> 16 : pair)}); };
+    own.a[0][i] = value(a[i / 2 * 2]);
+    own.a[1][i] = value(a[i / 2 * 2 + 1]);
+    own.b[i] = value(b[i / 2]);
+  }
+  std::memcpy(own.d, d, sizeof d);
+  multiply_matrices("mma_16x8x16", d, own, [](int pair, int i) { return 2 * pair + i % 2 + i / 2 * 8; });
 }
 inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const MmaOperands own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-  const int lane = lane_index();
-  const auto value = [](uint32_t bits) { return float_of(bits & ~0x1FFFu); };
-  exchange(own, [&](const auto& of) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4, upper = i / 2, column = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 8; ++k) {
-        const MmaOperands left = of(row * 4 + k % 4), right = of(column * 4 + k % 4);
-        d[i] += value(left.a[upper + k / 4 * 2]) * value(right.b[k / 4]);
-      }
-    }
-    return 0;
-  });
+  MmaPart<2> own;
+  for (int i = 0; i < 2; ++i) {
+    const auto value = [](uint32_t bits) { return float_of(bits & ~0x1FFFu); };
+    own.a[0][i] = value(a[i * 2]);
+    own.a[1][i] = value(a[i * 2 + 1]);
+    own.b[i] = value(b[i]);
+  }
+  std::memcpy(own.d, d, sizeof d);
+  multiply_matrices("mma_16x8x8_tf32", d, own, [](int pair, int i) { return pair + 4 * i; });
 }
 
 }  // namespace rnnkern::cuda

@@ -1,71 +1,31 @@
-// The scheduler: fibers, seeded order, deadlocks, bounds.
+// The scheduler: seeded order, barriers, deadlocks.
 #include "emulator/emulator.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <memory>
 #include <random>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#define RNNKERN_FIBER_SANITIZER 1
-#endif
+#include "emulator/fiber.h"
+#include "emulator/memory.h"
 
 namespace rnnkern::emulator {
 
-thread_local Thread* current = nullptr;
+RNNKERN_THREAD_LOCAL Thread* current = nullptr;
+RNNKERN_THREAD_LOCAL const Grid* current_grid = nullptr;
 
 namespace {
 
-constexpr size_t kStack = 128 << 10;
-constexpr int kClustersAtOnce = 3;            // of launches that promise no more
-constexpr int64_t kFruitless = int64_t(1e8);  // suspensions without a write after which a kernel hangs
+constexpr int kClustersAtOnce = 3;       // at most, of launches that promise no more
+constexpr int64_t kFruitless = 1000;     // suspensions of each thread without a write or a barrier: it hangs
+constexpr int kFruitlessRounds = 64;     // of nothing but polls; a thread may pass some whose flag is set already
+constexpr size_t kGap = 4096;            // between the shared memory of blocks
+constexpr int kOrderedSuspension = 256;  // accesses: threads that wait without polling must let others run
 
-// Saves the callee's registers, exchanges stacks.
-extern "C" void rnnkern_switch_fiber(void** from, void* to);
-#if defined(__x86_64__)
-__asm__(
-    ".text\n.globl rnnkern_switch_fiber\n.type rnnkern_switch_fiber,@function\nrnnkern_switch_fiber:\n"
-    "push %rbp\npush %rbx\npush %r12\npush %r13\npush %r14\npush %r15\n"
-    "mov %rsp,(%rdi)\nmov %rsi,%rsp\n"
-    "pop %r15\npop %r14\npop %r13\npop %r12\npop %rbx\npop %rbp\nret\n"
-    ".size rnnkern_switch_fiber,.-rnnkern_switch_fiber\n");
-constexpr int kSavedRegisters = 6;
-#else
-#error "the emulator switches stacks by hand, and knows how on x86-64 only"
-#endif
-
-struct Range {
-  const unsigned char* data;
-  size_t bytes;
-};
-thread_local std::vector<Range> global_memory;
-thread_local unsigned next_seed = 1;
-
-// Stacks of fibers, kept for the next launch: mapping and clearing them takes longer than small kernels run.
-struct Stacks {
-  std::vector<unsigned char*> free;
-  unsigned char* take() {
-    if (free.empty()) {
-      void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (memory == MAP_FAILED) throw Error("emulator: no memory for the stacks of so many threads");
-      mprotect(memory, 4096, PROT_NONE);
-      return static_cast<unsigned char*>(memory);
-    }
-    unsigned char* stack = free.back();
-    free.pop_back();
-    return stack;
-  }
-  ~Stacks() {
-    for (unsigned char* stack : free) munmap(stack, kStack);
-  }
-};
+thread_local unsigned next_seed = 1, launches = 0;
 thread_local Stacks stacks;
 
 std::string name_of(const Thread& thread) {
@@ -74,36 +34,42 @@ std::string name_of(const Thread& thread) {
 
 class Launch {
  public:
-  Launch(const Grid& grid, const std::function<void()>& kernel) : grid_(grid), kernel_(kernel), random_(next_seed) {
-    ordered_ = next_seed == 0;
-  }
+  Launch(const Grid& grid, const std::function<void()>& kernel)
+      : grid_(grid), kernel_(kernel), random_(next_seed * 65537 + launches++), ordered_(next_seed == 0) {}
 
   void run() {
-    const int clusters = grid_.blocks / grid_.cluster;
-    const int at_once = grid_.cooperative ? clusters : std::min(clusters, kClustersAtOnce);
-    for (int first = 0; first < clusters; first += at_once) {
-      start(first, std::min(at_once, clusters - first));
+    std::vector<int> order(size_t(grid_.blocks / grid_.cluster));
+    for (size_t i = 0; i < order.size(); ++i) order[i] = int(i);
+    size_t at_once = order.size();
+    if (!grid_.cooperative) {
+      if (!ordered_) std::shuffle(order.begin(), order.end(), random_);
+      at_once = std::min(at_once, ordered_ ? size_t(1) : 1 + random_() % kClustersAtOnce);
+    }
+    for (size_t first = 0; first < order.size(); first += at_once) {
+      start(order.data() + first, std::min(at_once, order.size() - first));
+      struct GiveBack {
+        Launch& self;
+        ~GiveBack() {
+          for (Fiber& fiber : self.fibers_) fiber.give_back(stacks);
+        }
+      } give_back{*this};
       finish();
     }
   }
 
-  void suspend() {
-    Thread* self = current;
-#ifdef RNNKERN_FIBER_SANITIZER
-    __sanitizer_start_switch_fiber(self->returned ? nullptr : &self->fake_stack, main_stack_, main_size_);
-#endif
-    rnnkern_switch_fiber(&self->stack_pointer, main_pointer_);
-#ifdef RNNKERN_FIBER_SANITIZER
-    __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
-#endif
-  }
+  void suspend() { fibers_[size_t(current - threads_.data())].suspend(main_, current->returned); }
 
   // Threads that are neither at a barrier nor done may be anywhere between two accesses.
   void maybe_suspend() {
-    if (ordered_ || --until_suspension_ > 0) return;
-    until_suspension_ = int(random_() % 512) + 1;
+    if (--until_suspension_ > 0) return;
+    draw_suspension();
     ++fruitless_;
     current->place = "a memory access";
+    suspend();
+  }
+
+  void poll() {
+    ++fruitless_;
     suspend();
   }
 
@@ -112,194 +78,215 @@ class Launch {
     fruitless_ = 0;
   }
 
-  const Grid& grid() const { return grid_; }
+  bool coin() { return !ordered_ && random_() % 2; }
 
  private:
+  struct ScheduledWarp {
+    Thread* lanes;
+    const Barrier* stuck_on = nullptr;  // where all lanes wait that have not returned
+    int64_t stuck_above = 0;
+    bool done = false;
+  };
+
   static void enter();
 
-  void start(int first, int count) {
+  void start(const int* clusters, size_t count) {
     clusters_.clear();
-    clusters_.resize(size_t(count));
+    clusters_.resize(count);
     shared_.clear();
     threads_.clear();
-    threads_.reserve(size_t(count) * size_t(grid_.cluster) * size_t(grid_.threads));
-    for (int c = 0; c < count; ++c) {
-      Cluster& cluster = clusters_[size_t(c)];
+    threads_.reserve(count * size_t(grid_.cluster) * size_t(grid_.threads));
+    for (size_t c = 0; c < count; ++c) {
+      Cluster& cluster = clusters_[c];
       cluster.barrier.expected = grid_.cluster * grid_.threads;
       cluster.blocks.resize(size_t(grid_.cluster));
       for (int rank = 0; rank < grid_.cluster; ++rank) {
         Block& block = cluster.blocks[size_t(rank)];
-        block.index = (first + c) * grid_.cluster + rank;
+        block.index = clusters[c] * grid_.cluster + rank;
         block.rank = rank;
         block.cluster = &cluster;
         const size_t bytes = (grid_.shared_bytes + 1023) / 1024 * 1024;
-        shared_.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(1024, std::max(bytes, size_t(1024)))));
+        shared_.emplace_back(static_cast<unsigned char*>(std::aligned_alloc(1024, bytes + kGap)));
         block.shared = shared_.back().get();
         std::memset(block.shared, 0xFF, bytes);  // NaN in every format
         block.barrier.expected = grid_.threads;
         block.warps.resize(size_t(grid_.threads / 32));
         for (Warp& warp : block.warps) warp.barrier.expected = 32;
-        for (int t = 0; t < grid_.threads; ++t) add_thread(block, t);
+        for (int t = 0; t < grid_.threads; ++t) {
+          threads_.emplace_back();
+          threads_.back().block = &block;
+          threads_.back().index = t;
+        }
       }
     }
+    fibers_.clear();
+    fibers_.resize(threads_.size());
+    for (size_t i = 0; i < fibers_.size(); ++i) fibers_[i].start(stacks, i, &Launch::enter);
+    warps_.clear();
+    for (size_t i = 0; i < threads_.size(); i += 32) warps_.push_back({&threads_[i]});
   }
 
-  void add_thread(Block& block, int index) {
-    threads_.emplace_back();
-    Thread& thread = threads_.back();
-    thread.block = &block;
-    thread.index = index;
-    thread.stack = stacks.take();
-    void** top = reinterpret_cast<void**>(thread.stack + kStack);
-    *--top = nullptr;  // a return address that nobody uses, and the alignment that a call leaves
-    *--top = reinterpret_cast<void*>(&Launch::enter);
-    for (int i = 0; i < kSavedRegisters; ++i) *--top = nullptr;
-    thread.stack_pointer = top;
-  }
-
-  void give_back_stacks() {
-    for (Thread& thread : threads_) {
-#ifdef RNNKERN_FIBER_SANITIZER
-      __asan_unpoison_memory_region(thread.stack + 4096, kStack - 4096);  // frames of threads that were given up
-#endif
-      stacks.free.push_back(thread.stack);
-    }
-  }
-
-  bool blocked(const Thread& thread) const {
-    return thread.returned || (thread.waits_for && thread.waits_for->generation <= thread.waits_above);
+  void draw_suspension() {
+    // Both rare and frequent ones: the mean of a stretch is between 4 and 512 accesses.
+    until_suspension_ = ordered_ ? kOrderedSuspension : 1 + int(random_() % (8u << random_() % 8));
   }
 
   void resume(Thread& thread) {
+    Fiber& fiber = fibers_[size_t(&thread - threads_.data())];
     current = &thread;
     thread.waits_for = nullptr;
     thread.polls = false;
-#ifdef RNNKERN_FIBER_SANITIZER
-    void* fake_stack = nullptr;
-    __sanitizer_start_switch_fiber(&fake_stack, thread.stack, kStack);
-#endif
-    rnnkern_switch_fiber(&main_pointer_, thread.stack_pointer);
-#ifdef RNNKERN_FIBER_SANITIZER
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
+    fiber.resume(main_);
     current = nullptr;
-    if (!failure_.empty()) {
-      give_back_stacks();
-      throw Error(failure_);
-    }
-    left_ -= thread.returned;
+    if (fiber.overflowed()) failure_ = std::make_exception_ptr(Error(name_of(thread) + ": its stack overflows"));
+    if (failure_) std::rethrow_exception(failure_);
   }
 
   // One round over a warp's lanes; whether one of them could go on.
-  bool run_warp(size_t warp) {
-    bool any = false;
+  bool run_warp(ScheduledWarp& warp) {
+    if (warp.stuck_on && warp.stuck_on->generation <= warp.stuck_above) return false;
+    warp.stuck_on = nullptr;
+    const Barrier* barrier = nullptr;
+    int64_t above = 0;
+    int returned = 0;
+    bool any = false, together = true;
     for (size_t lane = 0; lane < 32; ++lane) {
-      Thread& thread = threads_[warp * 32 + (ordered_ ? lane : lane ^ lane_order_)];
-      if (blocked(thread)) continue;
-      resume(thread);
-      any = any || !thread.polls;
+      Thread& thread = warp.lanes[lane ^ lane_order_];
+      if (thread.returned) {
+        ++returned;
+      } else if (thread.waits_for && thread.waits_for->generation <= thread.waits_above) {
+        together = together && (barrier == nullptr || barrier == thread.waits_for);
+        barrier = thread.waits_for;
+        above = thread.waits_above;
+      } else {
+        resume(thread);
+        ++resumed_;
+        any = any || !thread.polls;
+        together = false;
+      }
+    }
+    warp.done = returned == 32;
+    if (together && barrier) {
+      warp.stuck_on = barrier;
+      warp.stuck_above = above;
     }
     return any;
   }
 
   void finish() {
-    left_ = threads_.size();
-    const size_t warps = threads_.size() / 32;
-    until_suspension_ = int(random_() % 512) + 1;
-    while (left_ > 0) {
+    draw_suspension();
+    int fruitless_rounds = 0;
+    while (!warps_.empty()) {
       const int64_t before = progress_;
       bool any = false;
-      if (ordered_) {
-        for (size_t warp = 0; warp < warps; ++warp) any = run_warp(warp) || any;
-      } else {
-        for (size_t i = 0; i < warps; ++i) {
-          const size_t warp = random_() % warps;
-          lane_order_ = random_() % 32;
-          const int burst = 1 << random_() % 9;
-          for (int round = 0; round < burst && run_warp(warp); ++round) any = true;
-        }
-        // Chance may have passed over the one that can go on.
-        for (size_t warp = 0; !any && progress_ == before && warp < warps; ++warp) any = run_warp(warp);
+      for (size_t i = 0; i < warps_.size() && !ordered_; ++i) {
+        ScheduledWarp& warp = warps_[random_() % warps_.size()];
+        lane_order_ = random_() % 32;
+        const int burst = 1 << random_() % 9;
+        for (int round = 0; round < burst && run_warp(warp); ++round) any = true;
       }
-      if ((left_ > 0 && !any && progress_ == before) || fruitless_ > kFruitless) {
-        const std::string report = deadlock();
-        give_back_stacks();
-        throw Error(report);
+      resumed_ = 0;
+      if (!any) {  // in order; or chance may have passed over the one that can go on
+        for (ScheduledWarp& warp : warps_) any = run_warp(warp) || any;
+        if (resumed_ == 0 && !all_done()) throw Error(deadlock());
       }
+      warps_.erase(std::remove_if(warps_.begin(), warps_.end(), [](const ScheduledWarp& warp) { return warp.done; }),
+                   warps_.end());
+      fruitless_rounds = any || progress_ != before ? 0 : fruitless_rounds + 1;
+      if (fruitless_rounds > kFruitlessRounds || fruitless_ > kFruitless * int64_t(threads_.size()))
+        throw Error(deadlock());
     }
-    give_back_stacks();
   }
 
-  // Who waits where: threads of one warp and place together.
+  bool all_done() const {
+    return std::all_of(warps_.begin(), warps_.end(), [](const ScheduledWarp& warp) { return warp.done; });
+  }
+
+  // Who waits where: for each place of a block, how many threads of which warps. Blocks that look the same together.
   std::string deadlock() const {
-    std::string text = "deadlock: nobody can go on\n";
-    std::map<std::pair<std::string, int>, int> waiting;  // (place, warp) -> threads, in order of blocks
-    int lines = 0;
+    std::string text = "deadlock: nobody can go on", previous;
+    int first = 0, last = 0;
+    const auto flush = [&] {
+      if (previous.empty()) return;
+      text += first == last ? "\n  block " + std::to_string(first) + ": "
+                            : "\n  blocks " + std::to_string(first) + " to " + std::to_string(last) + ": ";
+      text += previous;
+    };
     for (const Cluster& cluster : clusters_) {
       for (const Block& block : cluster.blocks) {
-        waiting.clear();
-        for (const Thread& thread : threads_) {
-          if (thread.block == &block && !thread.returned) waiting[{thread.place, thread.index / 32}]++;
+        const std::string state = state_of(block);
+        if (state == previous && block.index == last + 1) {
+          last = block.index;
+          continue;
         }
-        for (const auto& [key, count] : waiting) {
-          if (++lines > 64) return text + "  ...\n";
-          text += "  block " + std::to_string(block.index) + " warp " + std::to_string(key.second) + ": " +
-                  std::to_string(count) + " threads in " + key.first + "\n";
-        }
-        if (block.returned > 0)
-          text += "  block " + std::to_string(block.index) + ": " + std::to_string(block.returned) +
-                  " threads have returned\n";
+        flush();
+        first = last = block.index;
+        previous = state;
       }
+    }
+    flush();
+    const size_t all = size_t(grid_.blocks), here = clusters_.size() * size_t(grid_.cluster);
+    if (here < all)
+      text += "\n  " + std::to_string(all - here) +
+              " other blocks are done or have not begun: the launch is not cooperative";
+    return text;
+  }
+
+  std::string state_of(const Block& block) const {
+    std::map<std::string, std::pair<int, std::string>> places;  // threads, names of warps
+    for (const Thread& thread : threads_) {
+      if (thread.block != &block) continue;
+      auto& [count, warps] = places[thread.returned ? "have returned" : std::string("in ") + thread.place];
+      ++count;
+      const std::string warp = " " + std::to_string(thread.index / 32);
+      if (warps.size() < warp.size() || warps.compare(warps.size() - warp.size(), warp.size(), warp) != 0)
+        warps += warp;
+    }
+    std::string text;
+    for (const auto& [place, who] : places) {
+      const auto& [count, warps] = who;
+      text += (text.empty() ? "" : ", ") + std::to_string(count) + " threads " + place;
+      if (places.size() > 1) text += " (warps" + warps + ")";
     }
     return text;
   }
 
   const Grid grid_;
   const std::function<void()>& kernel_;
-  std::mt19937 random_;
-  bool ordered_;
+  std::minstd_rand random_;
+  const bool ordered_;
   std::vector<Cluster> clusters_;
   struct Free {
     void operator()(unsigned char* memory) const { std::free(memory); }
   };
   std::vector<std::unique_ptr<unsigned char, Free>> shared_;
   std::vector<Thread> threads_;
-  void* main_pointer_ = nullptr;
-  [[maybe_unused]] const void* main_stack_ = nullptr;
-  [[maybe_unused]] size_t main_size_ = 0;
-  size_t left_ = 0, lane_order_ = 0;
+  std::vector<Fiber> fibers_;         // of threads_
+  std::vector<ScheduledWarp> warps_;  // that have not returned
+  MainStack main_;
+  size_t lane_order_ = 0, resumed_ = 0;
   int until_suspension_ = 1;
   int64_t progress_ = 0, fruitless_ = 0;
-  std::string failure_;
+  std::exception_ptr failure_;
 };
 
-thread_local Launch* running = nullptr;
+RNNKERN_THREAD_LOCAL Launch* running = nullptr;
 
 void Launch::enter() {
-#ifdef RNNKERN_FIBER_SANITIZER
-  __sanitizer_finish_switch_fiber(nullptr, &running->main_stack_, &running->main_size_);
-#endif
+  Fiber::entered(running->main_);
+  current->block->begun = true;
   try {
     running->kernel_();
   } catch (const Error& error) {
-    running->failure_ = name_of(*current) + ": " + error.what();
+    running->failure_ = std::make_exception_ptr(Error(name_of(*current) + ": " + error.what()));
+  } catch (...) {
+    running->failure_ = std::current_exception();
   }
   current->returned = true;
   current->block->returned++;
   running->note_progress();
   running->suspend();
   std::abort();
-}
-
-std::string describe(const void* address) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%p", address);
-  return text;
-}
-
-bool inside(const void* address, size_t bytes, const void* start, size_t size) {
-  const auto at = reinterpret_cast<uintptr_t>(address), from = reinterpret_cast<uintptr_t>(start);
-  return at >= from && at + bytes <= from + size;
 }
 
 }  // namespace
@@ -312,24 +299,26 @@ void launch(const Grid& grid, const std::function<void()>& kernel) {
                 " threads in clusters of " + std::to_string(grid.cluster) + " cannot be launched");
   Launch self(grid, kernel);
   running = &self;
+  current_grid = &grid;
   struct Done {
-    ~Done() { running = nullptr; }
+    ~Done() {
+      running = nullptr;
+      current = nullptr;
+    }
   } done;
   self.run();
 }
 
-void set_seed(unsigned seed) { next_seed = seed; }
-
-GlobalMemory::~GlobalMemory() { global_memory.resize(global_memory.size() - count_); }
-
-void GlobalMemory::add(const void* data, size_t bytes) {
-  global_memory.push_back({static_cast<const unsigned char*>(data), bytes});
-  ++count_;
+void set_seed(unsigned seed) {
+  next_seed = seed;
+  launches = 0;
 }
 
-const Grid& grid() { return running->grid(); }
-
-void arrive(Barrier& barrier) {
+void arrive(Barrier& barrier, const char* place) {
+  if (barrier.arrived == 0)
+    barrier.place = place;
+  else if (barrier.place != place && std::strcmp(barrier.place, place) != 0)
+    fail(std::string("in ") + place + ", while others of the same barrier are in " + barrier.place);
   if (++barrier.arrived < barrier.expected) return;
   barrier.arrived = 0;
   barrier.generation++;
@@ -346,49 +335,24 @@ void wait_above(const Barrier& barrier, int64_t generation, const char* place) {
 
 void arrive_and_wait(Barrier& barrier, const char* place) {
   const int64_t generation = barrier.generation;
-  arrive(barrier);
+  arrive(barrier, place);
   wait_above(barrier, generation, place);
 }
 
 void poll(const char* place) {
   current->polls = true;
   current->place = place;
-  running->suspend();
+  running->poll();
 }
+
+bool coin() { return running->coin(); }
 
 void fail(const std::string& what) { throw Error(what); }
 
 void access(const void* address, size_t bytes, bool write) {
   if (write) running->note_progress();
   running->maybe_suspend();
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
-    fail("misaligned access of " + std::to_string(bytes) + " bytes at " + describe(address));
-  const size_t shared = grid().shared_bytes;
-  if (inside(address, bytes, current->block->shared, shared)) return;
-  for (const Range& range : global_memory) {
-    if (inside(address, bytes, range.data, range.bytes)) return;
-  }
-  for (const Block& block : current->block->cluster->blocks) {
-    if (!inside(address, bytes, block.shared, shared)) continue;
-    if (block.returned == grid().threads)
-      fail("access to the shared memory of block " + std::to_string(block.index) + ", which has returned");
-    return;
-  }
-  std::string nearest;
-  for (const Range& range : global_memory) {
-    const auto at = reinterpret_cast<intptr_t>(address), from = reinterpret_cast<intptr_t>(range.data);
-    if (at >= from - 4096 && at < from + intptr_t(range.bytes) + 4096)
-      nearest = ", " + std::to_string(at - from) + " bytes from the start of a tensor of " +
-                std::to_string(range.bytes) + " bytes";
-  }
-  for (const Block& block : current->block->cluster->blocks) {
-    const auto at = reinterpret_cast<intptr_t>(address), from = reinterpret_cast<intptr_t>(block.shared);
-    if (at >= from && at < from + intptr_t(shared) + 4096)
-      nearest = ", " + std::to_string(at - from) + " bytes from the start of " + std::to_string(shared) +
-                " bytes of shared memory of block " + std::to_string(block.index);
-  }
-  fail(std::string("out of bounds: ") + (write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at " +
-       describe(address) + nearest);
+  check_access(address, bytes, bytes, write, Space::any);
 }
 
 }  // namespace rnnkern::emulator
