@@ -19,6 +19,11 @@ from rnnkern.ops.recurrence import recurrence
 ISAS = _library.extension.supported_isas() if _library.extension is not None else []
 BACKENDS = ["eager", "cpu"] if _library.available else ["eager"]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+if _library.available:
+    _library.load_emulated()
+needs_emulator = pytest.mark.skipif(
+    bool(_library.missing["cuda-emulated"]), reason=f"no emulator: {_library.missing['cuda-emulated']}"
+)
 needs_kernels = pytest.mark.skipif(not _library.available, reason=f"no compiled kernels: {_library.reason}")
 
 # An error may be 1.5 times torch's own on the same inputs, plus this part of the largest value (or of 1).
@@ -95,21 +100,25 @@ class Layer:
             grad_clip=self.grad_clip,
         )
 
-    def infer(self, backend: str = "cpu", packs: PackCache | None = None) -> dict[str, Tensor]:
+    def infer(
+        self, backend: str = "cpu", packs: PackCache | None = None, engine: str | None = None
+    ) -> dict[str, Tensor]:
         """The outputs, without gradients."""
-        with torch.no_grad(), rnnkern.backend(backend):
+        with torch.no_grad(), rnnkern.backend(backend, engine=engine):
             outputs = self.forward(self.inputs, packs)
         return {
             name: out for name, out in zip(OUTPUT_NAMES, outputs) if len(CELLS[self.cell].states) == 2 or name[0] != "c"
         }
 
-    def run(self, backend: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def run(
+        self, backend: str, dtype: torch.dtype | None = None, engine: str | None = None
+    ) -> dict[str, Tensor]:
         """Outputs and gradients by name; in another dtype, the same values converted."""
         inputs = {
             name: tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_()
             for name, tensor in self.inputs.items()
         }
-        with rnnkern.backend(backend):
+        with rnnkern.backend(backend, engine=engine):
             outputs = self.forward(inputs)
         return self._with_gradients(dict(zip(OUTPUT_NAMES, outputs)), inputs)
 
