@@ -28,7 +28,7 @@ cpp := $(shell find csrc rnnkern/_bench -name '*.h' -o -name '*.cpp' -o -name '*
 alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-directory
 comma := ,
 
-.PHONY: help demo test fuzz programs bench sweep streaming build lint format ctest asan tsan sanitize tools check clean distclean FORCE
+.PHONY: help demo test fuzz programs bench sweep streaming build lint format ctest asan tsan sanitize cuda-check tools check clean distclean FORCE
 help:
 	@echo 'make demo       train, test and show the grapheme-to-phoneme example on our kernels'
 	@echo 'make test       run every Python test'
@@ -39,6 +39,7 @@ help:
 	@echo 'make build      make the environment ($(VENV)) and build the extension into it'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what they can'
 	@echo 'make ctest      the C++ tests; make sanitize runs them under TSan, and with Python tests under ASan + UBSan'
+	@echo 'make cuda-check registers, stack and spills of the CUDA kernels against csrc/cuda/resources.json, where nvcc is found'
 	@echo 'make clean      remove what was built; make distclean removes $(VENV) too'
 
 demo: build
@@ -105,6 +106,10 @@ asan: build
 # Threads are started in the engines and in the team only.
 tsan: tools
 	@mkdir -p build; $(call ctest_in,build/tsan,thread,-R 'layer|team|workspace|attention' $(ARGS))
+
+# From what ptxas said in the build, so that kernels are compiled once. ARGS=--update: this is what they need from now on.
+cuda-check: build
+	@$(python) csrc/cuda/resources.py build/cmake-$$($(python) -c 'import sys; print(sys.implementation.cache_tag)') $(ARGS)
 
 tools:
 	$(alone) $(VENV)/.stamp-env

@@ -1,0 +1,63 @@
+"""The gate on what CUDA kernels need: csrc/cuda/resources.py."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "resources.py"
+
+pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not run from a source tree")
+
+LOG = """
+ptxas info    : Compiling entry function 'first' for 'sm_80'
+ptxas info    : Function properties for first
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 26 registers, used 1 barriers, 1024 bytes smem, 560 bytes cmem[0]
+ptxas info    : Compiling entry function 'first' for 'sm_90a'
+ptxas info    : Function properties for first
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 560 bytes cmem[0]
+ptxas info    : Function properties for called
+    32 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+
+
+@pytest.fixture(scope="module")
+def resources() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("resources", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_reads_what_ptxas_says(resources: ModuleType) -> None:
+    assert resources.parse(LOG) == {
+        ("first", "sm_80"): (26, 1024, 0, 0),
+        ("first", "sm_90a"): (255, 0, 16, 20),
+        ("called", "sm_90a"): (0, 0, 32, 0),
+    }
+
+
+def test_names_are_short(resources: ModuleType) -> None:
+    mangled = "_ZN7rnnkern4cuda9next_stepINS_4LstmE6__halffEEvNS0_11StepForwardIT0_T1_EE"
+    assert resources.shorten([mangled]) == ["next_step<Lstm, F16, float>"]
+
+
+def test_finds_regressions(resources: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "resources.json"
+    before = {"same": {"sm_80": resources.Resources(40, 0, 0, 0)}}
+    resources.save(before, "13.0", file)
+    baseline = resources.json.loads(file.read_text())
+
+    def found(nvcc: str, *numbers: int, name: str = "same") -> list[str]:
+        return resources.regressions({name: {"sm_80": resources.Resources(*numbers)}}, nvcc, baseline)
+
+    assert found("13.0", 40, 0, 0, 0) == found("13.0", 48, 99, 0, 0) == found("13.1", 200, 0, 0, 0) == []
+    assert found("13.0", 49, 0, 0, 0) == ["same on sm_80: 49 registers, 40 before"]
+    assert found("13.1", 40, 0, 8, 0) == ["same on sm_80: a stack frame of 8 bytes"]
+    assert found("13.1", 40, 0, 0, 4) == ["same on sm_80: spills 4 bytes"]
+    assert found("13.0", 40, 0, 0, 0, name="other") == ["same: gone", "other on sm_80: new"]
