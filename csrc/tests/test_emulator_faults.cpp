@@ -207,6 +207,11 @@ void test_bounds() {
               });
   check_fails("other cluster", {2, 32, 64}, {"no block has rank 1"}, [&] { cluster_shared(shared_ints(), 1); });
   check_fails("not shared", {1, 32, 64}, {"the thread's own shared memory"}, [&] { cluster_shared(data.data(), 0); });
+  {
+    emulator::GlobalMemory again;  // of memory that is known already, and stays so
+    again.add(data.data() + 8, 16);
+  }
+  CHECK(error_of({1, 32}, [&] { load(data.data() + 9); }).empty());
   float outside_memory = 0;
   check_fails("unknown memory", {1, 32}, {outside}, [&] { load(&outside_memory); });
 
