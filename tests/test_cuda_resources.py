@@ -1,8 +1,9 @@
 """The gate on what CUDA kernels need: csrc/cuda/resources.py."""
 
-import importlib.util
+import json
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,16 +26,11 @@ ptxas info    : Function properties for called
 
 
 @pytest.fixture(scope="module")
-def resources() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("resources", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def resources() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(SCRIPT)))  # leaves no bytecode among the sources
 
 
-def test_reads_what_ptxas_says(resources: ModuleType) -> None:
+def test_reads_what_ptxas_says(resources: SimpleNamespace) -> None:
     assert resources.parse(LOG) == {
         ("first", "sm_80"): (26, 1024, 0, 0),
         ("first", "sm_90a"): (255, 0, 16, 20),
@@ -42,16 +38,16 @@ def test_reads_what_ptxas_says(resources: ModuleType) -> None:
     }
 
 
-def test_names_are_short(resources: ModuleType) -> None:
+def test_names_are_short(resources: SimpleNamespace) -> None:
     mangled = "_ZN7rnnkern4cuda9next_stepINS_4LstmE6__halffEEvNS0_11StepForwardIT0_T1_EE"
     assert resources.shorten([mangled]) == ["next_step<Lstm, F16, float>"]
 
 
-def test_finds_regressions(resources: ModuleType, tmp_path: Path) -> None:
+def test_finds_regressions(resources: SimpleNamespace, tmp_path: Path) -> None:
     file = tmp_path / "resources.json"
     before = {"same": {"sm_80": resources.Resources(40, 0, 0, 0)}}
     resources.save(before, "13.0", file)
-    baseline = resources.json.loads(file.read_text())
+    baseline = json.loads(file.read_text())
 
     def found(nvcc: str, *numbers: int, name: str = "same") -> list[str]:
         return resources.regressions({name: {"sm_80": resources.Resources(*numbers)}}, nvcc, baseline)
