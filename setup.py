@@ -53,16 +53,18 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={destination}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DRNNKERN_VERSION={self.distribution.get_version()}",
+            f"-DRNNKERN_EMULATOR={'ON' if self.editable_mode else 'OFF'}",  # for those who work on the kernels
         ]
         subprocess.run([cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *configure], check=True)
         subprocess.run([cmake, "--build", build_dir], check=True)
         subprocess.run([cmake, "--install", build_dir], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        """An editable install: setuptools copies `_C`; the library it is linked to goes beside it."""
+        """An editable install: setuptools copies `_C`; the libraries go beside it."""
         super().copy_extensions_to_source()
         package = Path(self.get_finalized_command("build_py").get_package_dir("rnnkern"))
-        self.copy_file(str(Path(self.build_lib) / "rnnkern" / "librnnkern.so"), str(package / "librnnkern.so"))
+        for library in (Path(self.build_lib) / "rnnkern").glob("lib*.so"):
+            self.copy_file(str(library), str(package / library.name))
 
 
 setup(ext_modules=[Extension("rnnkern._C", sources=[])], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})

@@ -110,9 +110,7 @@ class Layer:
             name: out for name, out in zip(OUTPUT_NAMES, outputs) if len(CELLS[self.cell].states) == 2 or name[0] != "c"
         }
 
-    def run(
-        self, backend: str, dtype: torch.dtype | None = None, engine: str | None = None
-    ) -> dict[str, Tensor]:
+    def run(self, backend: str, dtype: torch.dtype | None = None, engine: str | None = None) -> dict[str, Tensor]:
         """Outputs and gradients by name; in another dtype, the same values converted."""
         inputs = {
             name: tensor.detach().to(dtype or tensor.dtype, copy=True).requires_grad_()
