@@ -19,6 +19,9 @@
 #define RNNKERN_DEVICE __device__ __forceinline__
 #define RNNKERN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define RNNKERN_ARGUMENT __grid_constant__ const
+#define RNNKERN_UNROLLED _Pragma("unroll")  // a loop whose counter indexes registers
+#define RNNKERN_PRAGMA(text) _Pragma(#text)
+#define RNNKERN_UNROLL(times) RNNKERN_PRAGMA(unroll times)
 
 namespace rnnkern::cuda {
 
@@ -32,9 +35,15 @@ RNNKERN_DEVICE int block_index() { return int(blockIdx.x); }
 RNNKERN_DEVICE int block_count() { return int(gridDim.x); }
 RNNKERN_DEVICE int lane_index() { return int(threadIdx.x) & 31; }
 RNNKERN_DEVICE int warp_index() { return int(threadIdx.x) >> 5; }
+// Clusters exist from sm_90 on; what needs them is compiled for sm_80 too, and never launched there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define RNNKERN_CLUSTER_ASM(...) __trap()
+#else
+#define RNNKERN_CLUSTER_ASM(...) asm volatile(__VA_ARGS__)
+#endif
 RNNKERN_DEVICE int cluster_rank() {
-  unsigned rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  unsigned rank = 0;
+  RNNKERN_CLUSTER_ASM("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return int(rank);
 }
 
@@ -46,8 +55,8 @@ RNNKERN_DEVICE unsigned char* shared_memory() {
 // The same place in the shared memory of another block of the cluster. Valid while that block lives.
 template <class T>
 RNNKERN_DEVICE T* cluster_shared(T* own, int rank) {
-  T* mapped;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(own), "r"(rank));
+  T* mapped = own;
+  RNNKERN_CLUSTER_ASM("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(own), "r"(rank));
   return mapped;
 }
 
@@ -117,8 +126,8 @@ RNNKERN_DEVICE void sync_block() { __syncthreads(); }
 RNNKERN_DEVICE void sync_named(int barrier, int threads) {  // barrier 1 to 15, whole warps
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-RNNKERN_DEVICE void arrive_cluster() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-RNNKERN_DEVICE void wait_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+RNNKERN_DEVICE void arrive_cluster() { RNNKERN_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+RNNKERN_DEVICE void wait_cluster() { RNNKERN_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 RNNKERN_DEVICE void sync_cluster() {
   arrive_cluster();
   wait_cluster();
@@ -198,6 +207,12 @@ RNNKERN_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uin
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// The nearest tf32, as a float whose last 13 bits are zero.
+RNNKERN_DEVICE uint32_t round_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
 }
 // d[16, 8] += a[16, 8] b[8, 8] of floats, whose last 13 bits are ignored. A lane holds
 //   a: rows group, group + 8 (a[0], a[1]) of column pair; a[2], a[3] the same of column pair + 4

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -48,6 +49,8 @@ void launch(const char* name, void (*kernel)(Arguments), const LaunchShape& shap
   emulator::launch({shape.blocks, shape.threads, shape.shared_bytes, shape.cluster, shape.cooperative},
                    [&] { kernel(arguments); });
 }
+
+inline void clear(void* memory, size_t bytes, Stream) { std::memset(memory, 0, bytes); }
 
 // How many blocks of such a launch, whole clusters, can run at once.
 template <class Arguments>
@@ -117,6 +120,11 @@ void launch(const char* name, void (*kernel)(Arguments), const LaunchShape& shap
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(shape, attributes, stream);
   check(cudaLaunchKernelEx(&config, kernel, arguments), "cannot launch " + describe(name, shape));
+}
+
+// Zeros, on the stream.
+inline void clear(void* memory, size_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, stream), "cannot clear " + std::to_string(bytes) + " bytes");
 }
 
 template <class Arguments>

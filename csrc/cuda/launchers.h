@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/dtype.h"
+#include "cuda/persistent.h"
 #include "cuda/stepwise.h"
 
 namespace rnnkern::cuda {
@@ -16,8 +17,17 @@ struct StepwiseLaunchers {
   void (*end_backward)(const StepBackward<void, void>&, void* stream);
 };
 
+struct PersistentLaunchers {  // none for float64
+  // For the current device, whose occupancy it asks for: worth keeping by its arguments.
+  PersistentPlan (*plan)(Engine, Pass, Product, int H, int B, int D);
+  // `workspace`: plan.workspace_bytes, aligned to 16; what must be zero in it is cleared here, on the stream.
+  void (*forward)(const PersistentPlan&, Engine, Product, const Forward<void, void>&, void* workspace, void* stream);
+  void (*backward)(const PersistentPlan&, Engine, Product, const Backward<void, void>&, void* workspace, void* stream);
+};
+
 struct CellLaunchers {
   StepwiseLaunchers stepwise;
+  PersistentLaunchers persistent;
 };
 
 // Of the cell with this index in cell_traits(); f32w8 has none.

@@ -3,6 +3,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
+#include "cuda/persistent_launch.cuh"
 #include "cuda/stepwise.cuh"
 
 namespace rnnkern::cuda {

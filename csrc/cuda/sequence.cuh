@@ -11,6 +11,7 @@ struct Row {
   int64_t length;
   int b, direction;
 
+  RNNKERN_DEVICE Row(int direction_, int b_, int64_t length_) : length(length_), b(b_), direction(direction_) {}
   RNNKERN_DEVICE Row(const Sequence& sequence, int direction_, int b_)
       : length(sequence.lengths ? load(sequence.lengths + b_) : sequence.T), b(b_), direction(direction_) {}
 

@@ -11,6 +11,8 @@
 #define RNNKERN_DEVICE inline
 #define RNNKERN_KERNEL(threads, blocks) void
 #define RNNKERN_ARGUMENT const
+#define RNNKERN_UNROLLED
+#define RNNKERN_UNROLL(times)
 
 namespace rnnkern::cuda {
 
@@ -286,6 +288,10 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) 
   }
   std::memcpy(own.d, d, sizeof d);
   multiply_matrices("mma_16x8x16", d, own, [](int pair, int i) { return 2 * pair + i % 2 + i / 2 * 8; });
+}
+inline uint32_t round_tf32(float value) {
+  const uint32_t bits = bits_of(value);
+  return value != value ? 0x7FFFFFFFu : (bits + 0x1000u) & ~0x1FFFu;  // ties away from zero
 }
 inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   MmaPart<2> own;
