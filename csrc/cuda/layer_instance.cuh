@@ -41,6 +41,7 @@ CellLaunchers make_launchers() {
     launch("end_backward", end_backward<S, C>, one_thread_each(units(a.backward.sequence, a.backward.H)),
            typed<StepBackward<S, C>>(a), Stream(stream));
   };
+  if constexpr (std::is_same_v<C, float>) launchers.persistent = persistent_launchers<Cell, S>();
   return launchers;
 }
 

@@ -84,14 +84,13 @@ RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       if (step < 0 || step >= item.length) continue;
-      const int64_t H = w.H, place = item.row(direction_).place(w.sequence, step), at = int64_t(direction_) * w.sequence.N + place;
-      const int64_t out = (place * w.sequence.D + direction_) * H + item.unit;
+      const int64_t H = w.H, at = place(item, step), out = at * H + item.unit;
 RNNKERN_UNROLLED
       for (int j = 0; j < Cell::kSaved; ++j) saved_[i][j] = load(w.saved + (at * Cell::kSaved + j) * H + item.unit);
-      h_before_[i] = load(w.h_before + at * H + item.unit);
+      h_before_[i] = load(w.h_before + out);
       dy_[i] = w.dy ? load(w.dy + out) : from_float<S>(0.0f);
       if constexpr (kCell) {
-        c_before_[i] = load(w.c_before + at * H + item.unit);
+        c_before_[i] = load(w.c_before + out);
         if (w.dc_all) dc_[i] += load(w.dc_all + out);  // rare: better to wait for it than to keep it in registers
       }
       fresh_[i] = item.row(direction_).starts(w.sequence, step);
@@ -109,7 +108,7 @@ RNNKERN_UNROLLED
         if (kCell && w.dc0) store(w.dc0 + state_place(item), dc_[i]);
       }
       if (step < 0 || step >= item.length) continue;
-      const int64_t H = w.H, at = int64_t(direction_) * w.sequence.N + item.row(direction_).place(w.sequence, step);
+      const int64_t H = w.H, at = place(item, step);
 RNNKERN_UNROLLED
       for (int g = 0; g < G; ++g) {
         if (Cell::kSplitGates > 0) store_streaming(w.dgx + (at * G + g) * H + item.unit, from_float<S>(dgx_[i][g]));
@@ -119,6 +118,11 @@ RNNKERN_UNROLLED
   }
 
  private:
+  // In [N, D].
+  RNNKERN_DEVICE int64_t place(const Item& item, int step) const {
+    return item.row(direction_).place(w.sequence, step) * w.sequence.D + direction_;
+  }
+  // In [D, B, H].
   RNNKERN_DEVICE int64_t state_place(const Item& item) const {
     return (int64_t(direction_) * w.sequence.B + item.b) * w.H + item.unit;
   }

@@ -62,7 +62,7 @@ RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       if (round > item.length) continue;
-      const int64_t at = (int64_t(direction_) * f.sequence.N + item.row(direction_).place(f.sequence, round - 1)) * G;
+      const int64_t at = place(item, round - 1) * G;
 RNNKERN_UNROLLED
       for (int g = 0; g < G; ++g) gx_[i][g] = load(f.gx + (at + g) * f.H + item.unit);
       fresh_[i] = round < item.length && item.row(direction_).starts(f.sequence, round);
@@ -76,9 +76,7 @@ RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       if (round > item.length) continue;
-      const int64_t H = f.H, place = item.row(direction_).place(f.sequence, round - 1);
-      const int64_t out = (place * f.sequence.D + direction_) * H + item.unit;
-      const int64_t at = int64_t(direction_) * f.sequence.N + place;
+      const int64_t H = f.H, at = place(item, round - 1), out = at * H + item.unit;
       store(f.y + out, y_[i]);
       if (f.saved) {
 RNNKERN_UNROLLED
@@ -86,7 +84,7 @@ RNNKERN_UNROLLED
           store_streaming(f.saved + (at * Cell::kSaved + j) * H + item.unit, from_float<S>(saved_[i][j]));
       }
       if constexpr (kCell) {
-        if (f.saved) store_streaming(f.c_before + at * H + item.unit, c_before_[i]);
+        if (f.saved) store_streaming(f.c_before + out, c_before_[i]);
         if (f.c_all) store_streaming(f.c_all + out, c_after_[i]);
       }
       if (round == item.length) {
@@ -101,6 +99,11 @@ RNNKERN_UNROLLED
     return reinterpret_cast<float*>(shared_memory() + layout.at_bias);
   }
 
+  // In [N, D].
+  RNNKERN_DEVICE int64_t place(const Item& item, int step) const {
+    return item.row(direction_).place(f.sequence, step) * f.sequence.D + direction_;
+  }
+  // In [D, B, H].
   RNNKERN_DEVICE int64_t state_place(const Item& item) const {
     return (int64_t(direction_) * f.sequence.B + item.b) * f.H + item.unit;
   }
