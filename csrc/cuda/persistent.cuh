@@ -95,19 +95,19 @@ RNNKERN_UNROLLED
   }
 }
 
-template <class Pass_, class Exchange>
-struct PersistentArguments : Persistent<typename Pass_::Layer> {
-  static constexpr int kSent = Pass_::kSent, kValueBytes = sizeof(typename Pass_::S);
+template <class CellPass>
+struct PersistentArguments : Persistent<typename CellPass::Layer> {
+  static constexpr int kSent = CellPass::kSent, kValueBytes = sizeof(typename CellPass::S);
 };
 
-template <class CellPass, class Exchange>
+template <class CellPass, template <class> class Exchange>
 RNNKERN_KERNEL(kPersistentThreads, 1)
-persistent(RNNKERN_ARGUMENT PersistentArguments<CellPass, Exchange> a) {
+persistent(RNNKERN_ARGUMENT PersistentArguments<CellPass> a) {
   using S = typename CellPass::S;
   const PersistentLayout& layout = a.layout;
   float* const sums = reinterpret_cast<float*>(shared_memory() + layout.at_sums);
   SliceProduct<typename CellPass::Math, CellPass::kPass> product(layout);
-  const Exchange exchange(a);
+  const Exchange<PersistentArguments<CellPass>> exchange(a);
   Task task;
   task.rank = block_index() % layout.blocks;
   int loaded = -1;      // direction whose weights are here
@@ -128,7 +128,7 @@ persistent(RNNKERN_ARGUMENT PersistentArguments<CellPass, Exchange> a) {
       const unsigned sent = before + unsigned(round);
       if (round > 0) {
         exchange.wait(sent - 1, product.k_first, product.k_count);
-        product.run([&](int place) { return exchange.operand(sent - 1, place); }, sums);
+        product.run([&](int k, int place) { return exchange.operand(sent - 1, k, place); }, sums);
         sync_block();
       }
       S values[kItems][CellPass::kSent];

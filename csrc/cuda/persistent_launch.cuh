@@ -10,19 +10,13 @@
 
 namespace rnnkern::cuda {
 
-template <class CellPass_, class Exchange_>
-struct PersistentKernel {
-  using CellPass = CellPass_;
-  using Exchange = Exchange_;
-};
-
-// Calls use(PersistentKernel{}) of the engine and product.
+// Calls use(how the kernel multiplies, the kernel).
 template <template <class, class> class CellPass, class Cell, class S, class Use>
 auto with_persistent_kernel(Engine engine, Product product, const Use& use) {
   const auto with_engine = [&](auto math) {
     using Pass = CellPass<Cell, decltype(math)>;
-    return engine == Engine::cluster ? use(PersistentKernel<Pass, ClusterExchange>{})
-                                     : use(PersistentKernel<Pass, GridExchange>{});
+    const auto of_cluster = persistent<Pass, ClusterExchange>, of_grid = persistent<Pass, GridExchange>;
+    return use(math, engine == Engine::cluster ? of_cluster : of_grid);
   };
   if constexpr (sizeof(S) == 2)
     return with_engine(Half<S>{});
@@ -32,13 +26,9 @@ auto with_persistent_kernel(Engine engine, Product product, const Use& use) {
 
 template <template <class, class> class CellPass, class Cell, class S>
 PersistentPlan plan_kernel(Engine engine, Pass pass, Product product, int H, int B, int D) {
-  return with_persistent_kernel<CellPass, Cell, S>(engine, product, [&](auto of) {
-    using Of = decltype(of);
-    using Math = typename Of::CellPass::Math;
-    return plan_persistent({engine, pass, Cell::kGates, int(sizeof(S)), Math::kProducts, H, B, D}, device_facts(),
-                           [](const LaunchShape& shape) {
-                             return resident_blocks(persistent<typename Of::CellPass, typename Of::Exchange>, shape);
-                           });
+  return with_persistent_kernel<CellPass, Cell, S>(engine, product, [&](auto math, auto kernel) {
+    return plan_persistent({engine, pass, Cell::kGates, int(sizeof(S)), math.kProducts, H, B, D}, device_facts(),
+                           [&](const LaunchShape& shape) { return resident_blocks(kernel, shape); });
   });
 }
 
@@ -49,14 +39,13 @@ void launch_kernel(const char* name, const PersistentPlan& plan, Engine engine, 
   const size_t buffers = size_t(plan.layout.groups) * 2 * size_t(plan.layout.buffer_bytes);
   unsigned char* const memory = static_cast<unsigned char*>(workspace);
   if (engine == Engine::grid) clear(memory + buffers, plan.workspace_bytes - buffers, Stream(stream));
-  with_persistent_kernel<CellPass, Cell, S>(engine, product, [&](auto of) {
-    using Of = decltype(of);
-    PersistentArguments<typename Of::CellPass, typename Of::Exchange> a;
+  with_persistent_kernel<CellPass, Cell, S>(engine, product, [&](auto math, auto kernel) {
+    PersistentArguments<CellPass<Cell, decltype(math)>> a;
     a.layer = layer;
     a.layout = plan.layout;
     a.buffers = memory;
     a.flags = engine == Engine::grid ? reinterpret_cast<unsigned*>(memory + buffers) : nullptr;
-    launch(name, persistent<typename Of::CellPass, typename Of::Exchange>, plan.shape, a, Stream(stream));
+    launch(name, kernel, plan.shape, a, Stream(stream));
   });
 }
 

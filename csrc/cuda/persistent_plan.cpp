@@ -104,8 +104,12 @@ PersistentPlan plan_persistent(const PersistentRequest& r, const DeviceFacts& fa
       PersistentPlan plan = cut(r, facts, blocks, units, n_tiles);
       if (plan.why_not.empty() && !place(plan, r, resident))
         plan.why_not = "not one group of " + std::to_string(blocks) + " blocks fits on the device at once";
-      if (plan.why_not.empty() ? !found || plan.step_clocks < best.step_clocks : !found) best = plan;
-      found = found || plan.why_not.empty();
+      if (!plan.why_not.empty()) {
+        if (!found && (n_tiles == 1 || r.n_tiles)) best.why_not = plan.why_not;  // the least that it takes
+      } else if (!found || plan.step_clocks < best.step_clocks) {
+        best = plan;
+        found = true;
+      }
     }
   };
   if (cluster) {

@@ -129,7 +129,7 @@ RNNKERN_UNROLLED
     }
   }
 
-  // operand(place): the 16 bytes there of the exchanged values, see persistent.cuh. Leaves partial sums in `sums`.
+  // operand(k, place): as an exchange gives it. Leaves partial sums in `sums`.
   template <class Operand>
   RNNKERN_DEVICE void run(const Operand& operand, float* sums) const {
     if (k_count <= 0) return;
@@ -144,7 +144,7 @@ RNNKERN_UNROLLED
         Words values[kAhead];
 RNNKERN_UNROLLED
         for (int i = 0; i < kAhead; ++i) {
-          if (part + i < k_count) values[i] = prepared(operand(place + (part + i) * next));
+          if (part + i < k_count) values[i] = prepared(operand(k_first + part + i, place + (part + i) * next));
         }
 RNNKERN_UNROLLED
         for (int i = 0; i < kAhead; ++i) {
@@ -157,7 +157,7 @@ RNNKERN_UNROLLED
       }
 RNNKERN_UNROLL(1)
       for (int k = kK; k < k_count; ++k) {
-        const Words more = prepared(operand(place + k * next));
+        const Words more = prepared(operand(k_first + k, place + k * next));
 RNNKERN_UNROLLED
         for (int m = 0; m < kM; ++m) {
           if (m >= m_count) continue;

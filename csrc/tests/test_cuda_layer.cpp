@@ -285,13 +285,16 @@ void check_close(const std::string& what, const std::vector<T>& got, const std::
 struct Engines {
   Engine engine;
   Product product;
-  int blocks, n_tiles;  // 0: as planned
+  int blocks, n_tiles;    // 0: as planned
+  int groups_at_once = 0;  // 0: as many as an H100 holds
 };
 
 PersistentPlan plan(const Engines& e, Pass pass, int gates, int bytes, const Case& c) {
   const int products = bytes == 4 && e.product == Product::tf32x3 ? 3 : 1;
   return plan_persistent({e.engine, pass, gates, bytes, products, c.H, c.B, c.D, e.blocks, e.n_tiles}, device_facts(),
-                         [](const LaunchShape& shape) { return 132 / shape.cluster * shape.cluster; });
+                         [&](const LaunchShape& shape) {
+                           return e.groups_at_once ? e.groups_at_once * shape.blocks : 132 / shape.cluster * shape.cluster;
+                         });
 }
 
 template <class Cell, class S>
@@ -427,14 +430,41 @@ void check_cell(int cell, const char* name) {
     check({5, 9, 17, 2, Case::packed, false, 0}, {{cluster, product, 2, 2}, {grid, product, 0, 1}});
   }
   const Product product = Product::tf32x3;
-  check({2, 17, 40, 1, Case::even, true, 0.05}, {{cluster, product, 4, 1}, {cluster, product, 2, 4}, {grid, product, 0, 2}});
+  // Groups that take several tiles, also of both directions.
+  check({5, 17, 17, 2, Case::ragged, true, 0}, {{grid, product, 0, 1, 1}, {grid, product, 0, 1, 4}, {cluster, product, 2, 1}});
+  check({2, 17, 40, 1, Case::even, true, 0.05}, {{cluster, product, 4, 1}, {cluster, product, 4, 4}, {grid, product, 0, 2}});
   check({5, 3, 40, 2, Case::ragged, false, 0.05}, {{cluster, product, 4, 1}, {grid, product, 0, 1}});
   check({2, 3, 100, 2, Case::ragged, true, 0}, {{cluster, product, 0, 0}, {grid, product, 0, 0}});
+  // Weights beyond the registers, in shared memory.
+  if (sizeof(S) == 4 && Cell::kGates == 4) check({2, 3, 144, 1, Case::even, false, 0}, {{cluster, product, 4, 0}, {grid, product, 3, 0}});
+}
+
+// What fits on an H100, and what does not.
+void check_plans() {
+  const auto why_not = [](Engine engine, Pass pass, int gates, int bytes, int H, int B) {
+    return plan({engine, Product::tf32x3, 0, 0}, pass, gates, bytes, {1, B, H, 1, Case::even, false, 0}).why_not;
+  };
+  for (Pass pass : {Pass::forward, Pass::backward}) {
+    for (int B : {1, 8, 64, 300}) {
+      for (int gates : {1, 3, 4}) {
+        for (int H : {1, 8, 100, 256, 512, 2048}) {
+          for (int bytes : {2, 4}) {
+            if (H <= (bytes == 2 ? 512 : 256))
+              CHECK(why_not(Engine::cluster, pass, gates, bytes, H, B) == "", "%d gates H %d B %d, %d bytes: %s", gates, H, B, bytes, why_not(Engine::cluster, pass, gates, bytes, H, B).c_str());
+            if (H <= 512) CHECK(why_not(Engine::grid, pass, gates, bytes, H, B) == "", "%d gates H %d B %d, %d bytes: %s", gates, H, B, bytes, why_not(Engine::grid, pass, gates, bytes, H, B).c_str());
+          }
+        }
+      }
+    }
+    const std::string why = why_not(Engine::cluster, pass, 4, 2, 2048, 8);
+    CHECK(why.find("H = 2048") != std::string::npos, "%s", why.c_str());
+  }
 }
 
 }  // namespace
 
 int main() {
+  check_plans();
   for (unsigned seed : {0u, 1u, 2u, 3u}) {
     emulator::set_seed(seed);
     int cell = 0;
