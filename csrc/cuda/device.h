@@ -126,8 +126,8 @@ RNNKERN_DEVICE void sync_block() { __syncthreads(); }
 RNNKERN_DEVICE void sync_named(int barrier, int threads) {  // barrier 1 to 15, whole warps
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-RNNKERN_DEVICE void arrive_cluster() { RNNKERN_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-RNNKERN_DEVICE void wait_cluster() { RNNKERN_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+RNNKERN_DEVICE void arrive_cluster() { RNNKERN_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory"); }
+RNNKERN_DEVICE void wait_cluster() { RNNKERN_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory"); }
 RNNKERN_DEVICE void sync_cluster() {
   arrive_cluster();
   wait_cluster();

@@ -52,6 +52,12 @@ void launch(const char* name, void (*kernel)(Arguments), const LaunchShape& shap
 
 inline void clear(void* memory, size_t bytes, Stream) { std::memset(memory, 0, bytes); }
 
+inline int current_device() { return 0; }
+template <class Arguments>
+int registers_of(void (*)(Arguments)) {
+  return 0;  // has none
+}
+
 // How many blocks of such a launch, whole clusters, can run at once.
 template <class Arguments>
 int resident_blocks(void (*)(Arguments), const LaunchShape& shape) {
@@ -68,9 +74,14 @@ inline void check(cudaError_t error, const std::string& what) {
   throw std::runtime_error(what + ": " + cudaGetErrorString(error));
 }
 
-inline DeviceFacts device_facts() {
+inline int current_device() {
   int device = 0;
   check(cudaGetDevice(&device), "the current device");
+  return device;
+}
+
+inline DeviceFacts device_facts() {
+  const int device = current_device();
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
     check(cudaDeviceGetAttribute(&value, which, device), "the device's attributes");
@@ -120,6 +131,14 @@ void launch(const char* name, void (*kernel)(Arguments), const LaunchShape& shap
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(shape, attributes, stream);
   check(cudaLaunchKernelEx(&config, kernel, arguments), "cannot launch " + describe(name, shape));
+}
+
+// Of a thread.
+template <class Arguments>
+int registers_of(void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "a kernel's attributes");
+  return attributes.numRegs;
 }
 
 // Zeros, on the stream.

@@ -7,19 +7,19 @@
 //   2. pointwise part of the own units, a thread per unit of a row, its state in registers
 //   3. send      the own values to all blocks             forward: h; backward: dgh, rounded as the product takes it
 // A block alone adds up each of its sums, in one order: deterministic, and no float atomics.
-// Backward could as well keep forward's slice and scatter partial sums of dh. For a cluster that moves 4 H bytes per row
-// and block where gathering dgh moves G H sizeof(S); on a grid both move about as much. Gathering was taken because it
-// is the same kernel, sends 16-byte pieces where partial sums leave the mma in 8-byte ones, needs no fixed-order sum of
-// `blocks` slots, and feeds the mma straight from L2.
+// Backward could as well keep forward's slice and scatter partial sums of dh. For a cluster that moves 4 H bytes per
+// row and block where gathering dgh moves G H sizeof(S); on a grid both move about as much. Gathering was taken because
+// it is the same kernel, sends 16-byte pieces where partial sums leave the mma in 8-byte ones, needs no fixed-order sum
+// of `blocks` slots, and feeds the mma straight from L2.
 //
-// Step in clocks, napkin, LSTM bf16, H = 512, 8 rows, 16 blocks: block of 32 units = 128 gate rows; 512 mma m16n8k16 on 4
-// tensor cores 8 each = 1000 (B = 8: half of the tensor cores' peak, by latency of mma.sync); operand 4 x 8 KB of shared
-// memory 256, partial sums 2 x 16 KB 256, both beneath the mma of other warps in part; pointwise 200; DSMEM stores and
-// cluster barrier 400. H = 1024 on 128 blocks of the grid: 32 gate rows, 128 mma a core of 4 clocks... the two L2 trips of
-// value and flag, 1300, are most of it.
+// Step in clocks, napkin, LSTM bf16, H = 512, 8 rows, 16 blocks: block of 32 units = 128 gate rows; 512 mma m16n8k16 on
+// 4 tensor cores 8 each = 1000 (B = 8: half of the tensor cores' peak, by latency of mma.sync); operand 4 x 8 KB of
+// shared memory 256, partial sums 2 x 16 KB 256, both beneath the mma of other warps in part; pointwise 200; DSMEM
+// stores and cluster barrier 400. H = 1024 on 128 blocks of the grid: 32 gate rows, 128 mma a core of 4 clocks... the
+// two L2 trips of value and flag, 1300, are most of it.
 //
-// Rounds r = 0 .. L with L the longest row of the tile: round r > 0 begins with the product of what round r - 1 sent, and
-// the last sends nothing. A pass (forward, backward) defines what a round computes. What it stores goes out between
+// Rounds r = 0 .. L with L the longest row of the tile: round r > 0 begins with the product of what round r - 1 sent,
+// and the last sends nothing. A pass (forward, backward) defines what a round computes. What it stores goes out between
 // `arrive` and `wait`, so that no barrier waits for memory; so do the loads of the next round.
 #pragma once
 
@@ -73,19 +73,19 @@ RNNKERN_DEVICE void send_values(const Exchange& exchange, const PersistentLayout
                                 const S (&values)[kItems][kSent]) {
   constexpr int kGranule = 16 / sizeof(S), kPieces = 32 / kGranule;  // of a warp's item
   S* const stage = reinterpret_cast<S*>(shared_memory() + layout.at_stage) + warp_index() * kItems * kSent * 32;
-RNNKERN_UNROLLED
+  RNNKERN_UNROLLED
   for (int i = 0; i < kItems; ++i) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int j = 0; j < kSent; ++j) store(stage + (i * kSent + j) * 32 + lane_index(), values[i][j]);
   }
   sync_warp();
   const int piece = lane_index() % kPieces, first_copy = lane_index() / kPieces;
-RNNKERN_UNROLLED
+  RNNKERN_UNROLLED
   for (int i = 0; i < kItems; ++i) {
     const int index = warp_index() * 32 + piece * kGranule + i * block_threads();
     if (index >= layout.rows * layout.units) continue;
     const int column = int(unsigned(index) * layout.reciprocal_units >> 20), local = index - column * layout.units;
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int j = 0; j < kSent; ++j) {
       const int k = ((rank * kSent + j) * layout.units + local) / kGranule;
       const int place = (k / 4 * layout.rows + column) * 64 + k % 4 * 16;

@@ -26,17 +26,17 @@ constexpr int warp_m_tiles(Pass pass) { return pass == Pass::forward ? 2 : 1; }
 constexpr int register_k_blocks(Pass pass) { return pass == Pass::forward ? 8 : 16; }
 
 struct PersistentLayout {
-  int units;                  // that a block owns
-  int blocks;                 // of a group
-  int groups;                 // in the launch; group g takes tasks g, g + groups, ...
-  int tiles;                  // of rows; a task is a tile of one direction
-  int n_tiles, rows;          // of a tile of rows: rows = 8 n_tiles
-  int m_tiles, m_warps;       // 16 rows of weights each; warps along them
-  int k_blocks, k_warps;      // 64 bytes of the sum each; warps along them
-  int warp_k_blocks;          // of each of k_warps
-  int sum_stride;             // floats between columns of partial sums
-  unsigned reciprocal_units;  // ceil(2^20 / units)
-  int buffer_bytes;           // of one of the two exchange buffers: [k_blocks][rows][64 bytes]
+  int units;                                   // that a block owns
+  int blocks;                                  // of a group
+  int groups;                                  // in the launch; group g takes tasks g, g + groups, ...
+  int tiles;                                   // of rows; a task is a tile of one direction
+  int n_tiles, rows;                           // of a tile of rows: rows = 8 n_tiles
+  int m_tiles, m_warps;                        // 16 rows of weights each; warps along them
+  int k_blocks, k_warps;                       // 64 bytes of the sum each; warps along them
+  int warp_k_blocks;                           // of each of k_warps
+  int sum_stride;                              // floats between columns of partial sums
+  unsigned reciprocal_units;                   // ceil(2^20 / units)
+  int buffer_bytes;                            // of one of the two exchange buffers: [k_blocks][rows][64 bytes]
   int at_sums, at_bias, at_stage, at_weights;  // in shared memory; the cluster's exchange buffers are at 0
 };
 
@@ -46,6 +46,7 @@ struct PersistentPlan {
   PersistentLayout layout;
   size_t workspace_bytes;  // aligned to 16, allocated by the caller; the launcher clears what must be
   double step_clocks;      // of all rounds of groups together; an estimate
+  int registers;           // of a thread; 0: emulated
 };
 
 struct PersistentRequest {

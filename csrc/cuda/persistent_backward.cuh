@@ -1,5 +1,5 @@
-// The persistent engines' backward: round r computes step L - 1 - r, L the longest row of the tile, from dgh of the step
-// after it that round r - 1 sent; round L computes dh0.
+// The persistent engines' backward: round r computes step L - 1 - r, L the longest row of the tile, from dgh of the
+// step after it that round r - 1 sent; round L computes dh0.
 #pragma once
 
 #include "cuda/persistent.cuh"
@@ -29,7 +29,7 @@ class BackwardPass {
       const int gate = piece / pieces - rank * G, unit = rank * layout.units + piece % pieces * kGranule;
       const S* const from = w + (int64_t(gate) * H + unit) * H + column;
       Vec<S, kGranule> values;
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int j = 0; j < kGranule; ++j) {
         const bool inside = m < layout.units && column < H && unit + j < H;
         values.at[j] = inside ? load(from + int64_t(j) * H) : from_float<S>(0.0f);
@@ -42,7 +42,7 @@ RNNKERN_UNROLLED
 
   RNNKERN_DEVICE BackwardPass(const Layer& layer, const PersistentLayout& layout, const Task& task, int longest)
       : w(layer), layout_(layout), longest_(longest), direction_(task.direction) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       items_[i] = make_item(layer, layout, task, i);
       carried_[i] = false;
@@ -56,7 +56,7 @@ RNNKERN_UNROLLED
 
   RNNKERN_DEVICE void compute(int round, const float* sums, S (&values)[kItems][G]) {
     const int step = longest_ - 1 - round;
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       float dh = direct_[i];
@@ -69,7 +69,7 @@ RNNKERN_UNROLLED
         direct_[i] = dh;
       else if (step < item.length)
         step_backward(i, dh);
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int g = 0; g < G; ++g) {
         const bool zero = step < 0 || step >= item.length;
         values[i][g] = zero ? from_float<S>(0.0f) : from_float<S>(dgh_[i][g]);
@@ -80,12 +80,12 @@ RNNKERN_UNROLLED
   // What round `round` reads.
   RNNKERN_DEVICE void fetch(int round) {
     const int step = longest_ - 1 - round;
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       if (step < 0 || step >= item.length) continue;
       const int64_t H = w.H, at = place(item, step), out = at * H + item.unit;
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int j = 0; j < Cell::kSaved; ++j) saved_[i][j] = load(w.saved + (at * Cell::kSaved + j) * H + item.unit);
       h_before_[i] = load(w.h_before + out);
       dy_[i] = w.dy ? load(w.dy + out) : from_float<S>(0.0f);
@@ -100,7 +100,7 @@ RNNKERN_UNROLLED
   // What round `round` leaves.
   RNNKERN_DEVICE void put(int round) {
     const int step = longest_ - 1 - round;
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       if (step < 0 && item.length >= 0) {
@@ -109,7 +109,7 @@ RNNKERN_UNROLLED
       }
       if (step < 0 || step >= item.length) continue;
       const int64_t H = w.H, at = place(item, step);
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int g = 0; g < G; ++g) {
         if (Cell::kSplitGates > 0) store_streaming(w.dgx + (at * G + g) * H + item.unit, from_float<S>(dgx_[i][g]));
         store_streaming(w.dgh + (at * G + g) * H + item.unit, from_float<S>(dgh_[i][g]));
@@ -135,7 +135,7 @@ RNNKERN_UNROLLED
 
   RNNKERN_DEVICE void step_backward(int i, float dh) {
     Float saved[Cell::kSaved], state[Cell::kStates], dnext[Cell::kStates], dgx[G], dgh[G], dstate[Cell::kStates];
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int j = 0; j < Cell::kSaved; ++j) saved[j] = to_float(saved_[i][j]);
     state[0] = to_float(h_before_[i]);
     dnext[0] = dh + to_float(dy_[i]);
@@ -144,7 +144,7 @@ RNNKERN_UNROLLED
       dnext[1] = dc_[i];
     }
     Cell::backward(saved, state, dnext, dgx, dgh, dstate);
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int g = 0; g < G; ++g) {
       dgx_[i][g] = clipped(dgx[g].value);
       dgh_[i][g] = clipped(dgh[g].value);
@@ -161,7 +161,7 @@ RNNKERN_UNROLLED
   Item items_[kItems];
   float direct_[kItems];  // dL/dh but for the product of dgh: dh_n, later what the cell passes on
   float dc_[kItems];
-  bool carried_[kItems];  // the product belongs to this row
+  bool carried_[kItems];                                           // the product belongs to this row
   S saved_[kItems][Cell::kSaved], h_before_[kItems], dy_[kItems];  // of the step
   float c_before_[kItems];
   bool fresh_[kItems];  // the step starts an episode

@@ -17,7 +17,8 @@ class ForwardPass {
   static constexpr int G = Cell::kGates, kSent = 1;
   static constexpr bool kCell = Cell::kStates > 1;
 
-  // Row gate * units + u of the block's weights is that gate's of its unit u. Biases go to shared memory, [2][G][units].
+  // Row gate * units + u of the block's weights is that gate's of its unit u. Biases go to shared memory,
+  // [2][G][units].
   RNNKERN_DEVICE static void load_weights(const Layer& layer, const PersistentLayout& layout, const Task& task,
                                           Product& product) {
     constexpr int kGranule = 16 / sizeof(S);
@@ -40,12 +41,12 @@ class ForwardPass {
 
   RNNKERN_DEVICE ForwardPass(const Layer& layer, const PersistentLayout& layout, const Task& task, int)
       : f(layer), layout_(layout), direction_(task.direction), first_unit_(task.rank * layout.units) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) items_[i] = make_item(layer, layout, task, i);
   }
 
   RNNKERN_DEVICE void compute(int round, const float* sums, S (&values)[kItems][1]) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       if (round == 0)
@@ -58,12 +59,12 @@ RNNKERN_UNROLLED
 
   // What step round - 1 reads.
   RNNKERN_DEVICE void fetch(int round) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       if (round > item.length) continue;
       const int64_t at = place(item, round - 1) * G;
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int g = 0; g < G; ++g) gx_[i][g] = load(f.gx + (at + g) * f.H + item.unit);
       fresh_[i] = round < item.length && item.row(direction_).starts(f.sequence, round);
     }
@@ -72,14 +73,14 @@ RNNKERN_UNROLLED
   // What step round - 1 leaves.
   RNNKERN_DEVICE void put(int round) {
     if (round == 0) return;
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < kItems; ++i) {
       const Item& item = items_[i];
       if (round > item.length) continue;
       const int64_t H = f.H, at = place(item, round - 1), out = at * H + item.unit;
       store(f.y + out, y_[i]);
       if (f.saved) {
-RNNKERN_UNROLLED
+        RNNKERN_UNROLLED
         for (int j = 0; j < Cell::kSaved; ++j)
           store_streaming(f.saved + (at * Cell::kSaved + j) * H + item.unit, from_float<S>(saved_[i][j]));
       }
@@ -131,7 +132,7 @@ RNNKERN_UNROLLED
     float products[G];
     Product::add_up(layout_, sums + item.sum, layout_.units, products);
     const float* const biases = bias(layout_) + item.unit - first_unit_;
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int g = 0; g < G; ++g) {
       gx[g] = to_float(gx_[i][g]) + load(biases + g * layout_.units);
       gh[g] = products[g] + load(biases + (G + g) * layout_.units);
@@ -141,7 +142,7 @@ RNNKERN_UNROLLED
     Cell::forward(gx, gh, state, next, saved);
     y_[i] = from_float<S>(next[0].value);
     h_[i] = fresh_[i] ? from_float<S>(0.0f) : y_[i];
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int j = 0; j < Cell::kSaved; ++j) saved_[i][j] = saved[j].value;
     if constexpr (kCell) {
       c_before_[i] = c_[i];
@@ -154,10 +155,10 @@ RNNKERN_UNROLLED
   const PersistentLayout& layout_;
   const int direction_, first_unit_;
   Item items_[kItems];
-  S h_[kItems];                   // that the next step reads
-  float c_[kItems];               // likewise
-  S gx_[kItems][G], y_[kItems];   // of the step
-  bool fresh_[kItems];            // the step after it starts an episode
+  S h_[kItems];                  // that the next step reads
+  float c_[kItems];              // likewise
+  S gx_[kItems][G], y_[kItems];  // of the step
+  bool fresh_[kItems];           // the step after it starts an episode
   float saved_[kItems][Cell::kSaved], c_before_[kItems], c_after_[kItems];
 };
 

@@ -27,8 +27,11 @@ auto with_persistent_kernel(Engine engine, Product product, const Use& use) {
 template <template <class, class> class CellPass, class Cell, class S>
 PersistentPlan plan_kernel(Engine engine, Pass pass, Product product, int H, int B, int D) {
   return with_persistent_kernel<CellPass, Cell, S>(engine, product, [&](auto math, auto kernel) {
-    return plan_persistent({engine, pass, Cell::kGates, int(sizeof(S)), math.kProducts, H, B, D}, device_facts(),
-                           [&](const LaunchShape& shape) { return resident_blocks(kernel, shape); });
+    PersistentPlan plan =
+        plan_persistent({engine, pass, Cell::kGates, int(sizeof(S)), math.kProducts, H, B, D}, device_facts(),
+                        [&](const LaunchShape& shape) { return resident_blocks(kernel, shape); });
+    plan.registers = registers_of(kernel);
+    return plan;
   });
 }
 

@@ -120,7 +120,8 @@ PersistentPlan plan_persistent(const PersistentRequest& r, const DeviceFacts& fa
       if (blocks == 1 || r.blocks || (blocks - 1) * units < r.H) consider(blocks, units);
     }
   } else {
-    for (int units = granule; units <= kPersistentThreads * kItems / 8; units += units < 8 * granule ? granule : units) {
+    for (int units = granule; units <= kPersistentThreads * kItems / 8;
+         units += units < 8 * granule ? granule : units) {
       const int blocks = divide_up(r.H, units);
       if (r.blocks ? blocks == r.blocks : blocks <= facts.multiprocessors) consider(blocks, units);
       if (units >= r.H) break;

@@ -1,10 +1,10 @@
 // The product of a step: a block's rows of weights, which stay in registers, times what the group exchanged.
 //
 // As in the mma, weights are its rows, the rows of the batch its columns. The sum runs over k blocks of 64 bytes of
-// values, two mma each; within a block lane `pair` of 4 takes the 16 bytes at 16 pair from both operands, in place of the
-// order that the mma numbers them in: what is multiplied by what stays the same, and one 16-byte load feeds two mma.
-// The operand lies [k block][row][64 bytes], so that the 8 lanes of a quarter of a 16-byte load cover 128 bytes: no bank
-// conflicts, no padding.
+// values, two mma each; within a block lane `pair` of 4 takes the 16 bytes at 16 pair from both operands, in place of
+// the order that the mma numbers them in: what is multiplied by what stays the same, and one 16-byte load feeds two
+// mma. The operand lies [k block][row][64 bytes], so that the 8 lanes of a quarter of a 16-byte load cover 128 bytes:
+// no bank conflicts, no padding.
 //
 // Warps: m_warps x k_warps, each warp_m_tiles x warp_k_blocks tiles of weights of 16 rows x 64 bytes. The first
 // register_k_blocks of them are in registers (8 of a lane each), the rest in shared memory in the lanes' order. Partial
@@ -46,7 +46,7 @@ struct Tf32x3 {
   RNNKERN_DEVICE static uint32_t prepare(uint32_t word) { return word; }
   template <int N>
   RNNKERN_DEVICE static void split(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&low)[N]) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < N; ++i) {
       high[i] = round_tf32(float_of(x[i]));
       low[i] = round_tf32(float_of(x[i]) - float_of(high[i]));
@@ -62,13 +62,14 @@ RNNKERN_UNROLLED
   }
 };
 
-// 16 bytes of a row of values, from column k; zero past `valid` of them. `aligned`: rows start at multiples of 16 bytes.
+// 16 bytes of a row of values, from column k; zero past `valid` of them. `aligned`: rows start at multiples of 16
+// bytes.
 template <class S>
 RNNKERN_DEVICE Words load_piece(const S* row, int64_t k, int valid, bool aligned) {
   constexpr int kGranule = 16 / sizeof(S);
   if (aligned && valid >= kGranule) return load(reinterpret_cast<const Words*>(row + k));
   Vec<S, kGranule> values;
-RNNKERN_UNROLLED
+  RNNKERN_UNROLLED
   for (int i = 0; i < kGranule; ++i) values.at[i] = i < valid ? load(row + k + i) : from_float<S>(0.0f);
   Words words;
   memcpy(&words, &values, sizeof words);
@@ -104,19 +105,19 @@ struct SliceProduct {
     const int row = m_first * 16 + lane_index() / 4, first = k_first * 4 + lane_index() % 4;
     const auto prepared = [&](int m, int k) {
       Words words = piece(row + m, first + k * 4);
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int i = 0; i < 4; ++i) words.at[i] = Math::prepare(words.at[i]);
       return words;
     };
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int m = 0; m < kM; ++m) {
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int k = 0; k < kK; ++k) {
         if (m >= m_count || k >= k_count) continue;
-RNNKERN_UNROLLED
+        RNNKERN_UNROLLED
         for (int half = 0; half < 2; ++half) {
           const Words words = prepared(m * 16 + half * 8, k);
-RNNKERN_UNROLLED
+          RNNKERN_UNROLLED
           for (int i = 0; i < 4; ++i) weights[m][k][i / 2 * 4 + i % 2 * 2 + half] = words.at[i];
         }
       }
@@ -135,30 +136,30 @@ RNNKERN_UNROLLED
     if (k_count <= 0) return;
     const int group = lane_index() / 4, pair = lane_index() % 4;
     float* const own = sums + warp_index() / layout.m_warps * layout.rows * layout.sum_stride + m_first * 16 + group;
-RNNKERN_UNROLL(1)
+    RNNKERN_UNROLL(1)
     for (int n = 0; n < layout.n_tiles; ++n) {
       const int place = (k_first * layout.rows + n * 8 + group) * 64 + pair * 16, next = layout.rows * 64;
       float d[kM][2][4] = {};
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int part = 0; part < kK; part += kAhead) {
         Words values[kAhead];
-RNNKERN_UNROLLED
+        RNNKERN_UNROLLED
         for (int i = 0; i < kAhead; ++i) {
           if (part + i < k_count) values[i] = prepared(operand(k_first + part + i, place + (part + i) * next));
         }
-RNNKERN_UNROLLED
+        RNNKERN_UNROLLED
         for (int i = 0; i < kAhead; ++i) {
           if (part + i >= k_count) continue;
-RNNKERN_UNROLLED
+          RNNKERN_UNROLLED
           for (int m = 0; m < kM; ++m) {
             if (m < m_count) multiply(d[m], weights[m][part + i], values[i]);
           }
         }
       }
-RNNKERN_UNROLL(1)
+      RNNKERN_UNROLL(1)
       for (int k = kK; k < k_count; ++k) {
         const Words more = prepared(operand(k_first + k, place + k * next));
-RNNKERN_UNROLLED
+        RNNKERN_UNROLLED
         for (int m = 0; m < kM; ++m) {
           if (m >= m_count) continue;
           const Words low = load(shared_tile(k, m)), high = load(shared_tile(k, m) + 32);
@@ -167,10 +168,10 @@ RNNKERN_UNROLLED
           multiply(d[m], tile, more);
         }
       }
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int m = 0; m < kM; ++m) {
         if (m >= m_count) continue;
-RNNKERN_UNROLLED
+        RNNKERN_UNROLLED
         for (int i = 0; i < 4; ++i)
           store(own + (n * 8 + pair * 2 + i % 2) * layout.sum_stride + m * 16 + i / 2 * 8, d[m][0][i] + d[m][1][i]);
       }
@@ -180,23 +181,23 @@ RNNKERN_UNROLLED
   // N rows of the product, `apart` apart, from where k_warps begin with the first; when all warps have run and met.
   template <int N>
   RNNKERN_DEVICE static void add_up(const PersistentLayout& layout, const float* at, int apart, float (&totals)[N]) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < N; ++i) totals[i] = 0;
-RNNKERN_UNROLL(N > 2 ? 1 : 4)
+    RNNKERN_UNROLL(N > 2 ? 1 : 4)
     for (int k = 0; k < layout.k_warps; ++k, at += layout.rows * layout.sum_stride) {
-RNNKERN_UNROLLED
+      RNNKERN_UNROLLED
       for (int i = 0; i < N; ++i) totals[i] += load(at + i * apart);
     }
   }
 
  private:
   RNNKERN_DEVICE static Words prepared(Words words) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int i = 0; i < 4; ++i) words.at[i] = Math::prepare(words.at[i]);
     return words;
   }
   RNNKERN_DEVICE static void multiply(float (&d)[2][4], const uint32_t (&tile)[8], const Words& values) {
-RNNKERN_UNROLLED
+    RNNKERN_UNROLLED
     for (int half = 0; half < 2; ++half) {
       const uint32_t a[4] = {tile[half * 4], tile[half * 4 + 1], tile[half * 4 + 2], tile[half * 4 + 3]};
       const uint32_t b[2] = {values.at[half * 2], values.at[half * 2 + 1]};

@@ -1,7 +1,7 @@
 // The recurrent layer on a GPU: x W_ih^T by torch, the recurrence by an engine, gradients of weights by torch.
 //
 // Compiled twice: for CUDA tensors, and, with emulated kernels, for tensors on the CPU.
-#include "cuda/launchers.h"
+#include "cuda/engine.h"
 #include "torch/gpu.h"
 #include "torch/layer_arguments.h"
 
@@ -14,15 +14,16 @@ using cuda::Forward;
 struct GpuLayer {
   GpuLayer(const std::string& cell, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
            const std::vector<OptionalTensor>& weights, const OptionalTensor& lengths, const OptionalTensor& resets,
-           const std::string& engine, [[maybe_unused]] bool tf32)
+           std::string engine_, bool tf32_)
       : args(cell, x, h0, c0, weights, lengths, resets),
         gpu(args.x),
         in(args.in),
         traits(cell_traits()[size_t(args.cell)]),
         launchers(cuda::cell_launchers(args.cell, in.dtype)),
         gates(traits.gates * in.H),
-        input(make_contiguous(args.x)) {
-    STD_TORCH_CHECK(engine.empty() || engine == "stepwise", "rnnkern::cuda_layer: no engine is called ", engine);
+        input(make_contiguous(args.x)),
+        engine(std::move(engine_)),
+        tf32(tf32_) {
     sequence.T = in.T;
     sequence.N = args.rows;
     sequence.B = int(in.B);
@@ -61,6 +62,13 @@ struct GpuLayer {
                                 torch::stable::Device(torch::headeronly::DeviceType::CPU));
   }
 
+  cuda::EngineChoice choose(cuda::Pass pass) const {
+    return cuda::choose_engine(args.cell, in.dtype, engine, pass, tf32, in.H, in.B, in.D);
+  }
+  Tensor workspace(const cuda::EngineChoice& choice) {
+    return gpu.empty({int64_t(choice.plan.workspace_bytes)}, ScalarType::Byte);
+  }
+
   const OptionalTensor& weight(int direction, int which) const { return args.weights[size_t(4 * direction + which)]; }
 
   // Weights of both directions, one above the other.
@@ -88,8 +96,10 @@ struct GpuLayer {
   const LayerInputs& in;
   const CellTraits& traits;
   const cuda::CellLaunchers& launchers;
-  const int64_t gates;  // G*H
-  const Tensor input;   // x, contiguous
+  const int64_t gates;       // G*H
+  const Tensor input;        // x, contiguous
+  const std::string engine;  // that the caller wants, or ""
+  const bool tf32;
   OptionalTensor device_lengths, device_offsets;
   cuda::Sequence sequence{};
   int64_t longest = 0;
@@ -152,7 +162,14 @@ Results run_forward(GpuLayer& layer, bool return_states, bool save) {
     forward.saved = layer.values_of(saved);
     forward.c_before = two_states ? saved : nullptr;
   }
-  run_stepwise(layer, forward);
+  const cuda::EngineChoice choice = layer.choose(cuda::Pass::forward);
+  if (choice.persistent) {
+    Tensor workspace = layer.workspace(choice);
+    layer.launchers.persistent.forward(choice.plan, choice.engine, choice.product, forward, gpu.data(workspace),
+                                       gpu.stream());
+  } else {
+    run_stepwise(layer, forward);
+  }
   return out;
 }
 
@@ -216,7 +233,14 @@ Gradients run_backward(GpuLayer& layer, OptionalTensor dy, OptionalTensor dh_n, 
   backward.dgh = gpu.data(dgh);
   backward.dh0 = gpu.data(dh0);
   backward.dc0 = two_states ? gpu.data(dc0) : nullptr;
-  run_stepwise(layer, backward);
+  const cuda::EngineChoice choice = layer.choose(cuda::Pass::backward);
+  if (choice.persistent) {
+    Tensor workspace = layer.workspace(choice);
+    layer.launchers.persistent.backward(choice.plan, choice.engine, choice.product, backward, gpu.data(workspace),
+                                        gpu.stream());
+  } else {
+    run_stepwise(layer, backward);
+  }
 
   // Padding of x may hold anything, and zero times NaN is NaN.
   Tensor x = layer.input;
@@ -283,7 +307,16 @@ Gradients cuda_layer_backward(std::string cell, OptionalTensor dy, OptionalTenso
                       make_contiguous(y), saved, need_dx, need_dh0, need_dw, grad_clip);
 }
 
+std::string cuda_plan(std::string cell, Tensor x, Tensor h0, std::string engine, bool tf32, bool backward) {
+  const Gpu gpu(x);
+  return cuda::choose_engine(find_cell(cell), dtype_of(x), engine,
+                             backward ? cuda::Pass::backward : cuda::Pass::forward, tf32, h0.size(2), h0.size(1),
+                             int(h0.size(0)))
+      .describe();
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rnnkern, RNNKERN_GPU_KEY, m) {
+  m.impl("cuda_plan", TORCH_BOX(&cuda_plan));
   m.impl("cuda_layer", TORCH_BOX(&cuda_layer));
   m.impl("cuda_layer_inference", TORCH_BOX(&cuda_layer_inference));
   m.impl("cuda_layer_backward", TORCH_BOX(&cuda_layer_backward));

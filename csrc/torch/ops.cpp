@@ -166,6 +166,8 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
         ") -> " RNNKERN_OUTPUT_SCHEMA);
   m.def("cuda_layer_backward(str cell, " RNNKERN_BACKWARD_ARGUMENTS ", float grad_clip, " RNNKERN_ENGINE_SCHEMA
         ") -> " RNNKERN_GRADIENT_SCHEMA);
+  // What the engine does that would run a layer forward or backward.
+  m.def("cuda_plan(str cell, Tensor x, Tensor h0, " RNNKERN_ENGINE_SCHEMA ", bool backward) -> str");
   m.def("pack(str cell, " RNNKERN_WEIGHT_SCHEMA ") -> Tensor");
   m.def("pack_int8(str cell, " RNNKERN_WEIGHT_SCHEMA ", " RNNKERN_SCALE_SCHEMA ") -> Tensor");
 }

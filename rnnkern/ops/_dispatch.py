@@ -16,7 +16,7 @@ from rnnkern.cells import CELLS, EAGER_CELLS
 
 BACKENDS = ("cpu", "triton", "cuda", "eager")  # in order of preference
 EMULATED = "cuda-emulated"  # CUDA's kernels run by the CPU, for tests; chosen only by force
-ENGINES = ("stepwise",)  # of the CUDA backend
+ENGINES = ("stepwise", "cluster", "grid")  # of the CUDA backend
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRANSFORMED = "torch.func transforms and forward-mode derivatives are not supported"
 
