@@ -136,9 +136,9 @@ persistent(RNNKERN_ARGUMENT PersistentArguments<CellPass> a) {
       if (round < longest) {
         send_values(exchange, layout, sent, task.rank, values);
         exchange.arrive(sent);
-        pass.fetch(round + 1);
       }
       pass.put(round);
+      if (round < longest) pass.fetch(round + 1);
     }
     before += unsigned(longest);
   }

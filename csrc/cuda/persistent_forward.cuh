@@ -53,7 +53,7 @@ class ForwardPass {
         begin(i);
       else if (round <= item.length)
         step(i, sums);
-      values[i][0] = h_[i];
+      values[i][0] = round <= item.length ? h_[i] : from_float<S>(0.0f);  // past its end no one reads it
     }
   }
 
@@ -85,8 +85,9 @@ class ForwardPass {
           store_streaming(f.saved + (at * Cell::kSaved + j) * H + item.unit, from_float<S>(saved_[i][j]));
       }
       if constexpr (kCell) {
-        if (f.saved) store_streaming(f.c_before + out, c_before_[i]);
+        if (f.saved) store_streaming(f.c_before + out, c_[i]);
         if (f.c_all) store_streaming(f.c_all + out, c_after_[i]);
+        c_[i] = fresh_[i] ? 0.0f : c_after_[i];
       }
       if (round == item.length) {
         store(f.h_n + state_place(item), y_[i]);
@@ -144,11 +145,7 @@ class ForwardPass {
     h_[i] = fresh_[i] ? from_float<S>(0.0f) : y_[i];
     RNNKERN_UNROLLED
     for (int j = 0; j < Cell::kSaved; ++j) saved_[i][j] = saved[j].value;
-    if constexpr (kCell) {
-      c_before_[i] = c_[i];
-      c_after_[i] = next[1].value;
-      c_[i] = fresh_[i] ? 0.0f : next[1].value;
-    }
+    if constexpr (kCell) c_after_[i] = next[1].value;
   }
 
   const Layer& f;
@@ -159,7 +156,7 @@ class ForwardPass {
   float c_[kItems];              // likewise
   S gx_[kItems][G], y_[kItems];  // of the step
   bool fresh_[kItems];           // the step after it starts an episode
-  float saved_[kItems][Cell::kSaved], c_before_[kItems], c_after_[kItems];
+  float saved_[kItems][Cell::kSaved], c_after_[kItems];
 };
 
 }  // namespace rnnkern::cuda

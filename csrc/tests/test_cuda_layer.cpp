@@ -38,8 +38,12 @@ std::string describe(const Case& c) {
 }
 
 template <class S>
-constexpr Dtype kDtype = std::is_same_v<S, float> ? Dtype::f32 : std::is_same_v<S, Bf16> ? Dtype::bf16 : Dtype::f16;
-const char* name_of(Dtype dtype) { return dtype == Dtype::f32 ? "float" : dtype == Dtype::bf16 ? "bfloat16" : "float16"; }
+constexpr Dtype kDtype = std::is_same_v<S, float>  ? Dtype::f32
+                         : std::is_same_v<S, Bf16> ? Dtype::bf16
+                                                   : Dtype::f16;
+const char* name_of(Dtype dtype) {
+  return dtype == Dtype::f32 ? "float" : dtype == Dtype::bf16 ? "bfloat16" : "float16";
+}
 
 template <class S>
 std::vector<S> stored(const Vector& from) {
@@ -76,7 +80,9 @@ struct Layer {
     const size_t states = size_t(c.D * c.B * c.H), rows = size_t(G * c.H), inputs = size_t(c.D) * rows;
     p.T = c.T, p.B = c.B, p.I = int64_t(inputs), p.H = c.H, p.D = c.D;
     for (int b = 0; b < c.B; ++b)
-      p.lengths.push_back(c.rows == Case::even ? c.T : c.rows == Case::ragged ? (b * 7 + 3) % (c.T + 1) : std::max(1, c.T - b));
+      p.lengths.push_back(c.rows == Case::even     ? c.T
+                          : c.rows == Case::ragged ? (b * 7 + 3) % (c.T + 1)
+                                                   : std::max(1, c.T - b));
     for (int i = 0; i < c.T * c.B && c.resets; ++i) p.resets.push_back(i * 5 % 7 == 0);
     const double scale = 1 / std::sqrt(double(c.H));
     p.x = random_vector<double>(size_t(c.T * c.B) * inputs, 1);
@@ -164,7 +170,7 @@ void allow_layer(emulator::GlobalMemory& memory, const Layer<Cell, S>& l) {
 template <class Cell, class S, class Run>
 ForwardResult<Cell, S> forward(Layer<Cell, S>& l, const Run& run) {
   const size_t states = l.h0.size(), outputs = size_t(l.N * l.c.D * l.c.H);
-  ForwardResult<Cell, S> r{poisoned<S>(outputs),  poisoned<S>(states),      poisoned<S>(outputs * Cell::kSaved),
+  ForwardResult<Cell, S> r{poisoned<S>(outputs),    poisoned<S>(states),      poisoned<S>(outputs * Cell::kSaved),
                            poisoned<float>(states), poisoned<float>(outputs), poisoned<float>(outputs)};
   emulator::GlobalMemory memory;
   allow_layer(memory, l);
@@ -218,7 +224,8 @@ BackwardResult<S> backward(Layer<Cell, S>& l, const ForwardResult<Cell, S>& f, c
 
 // What torch does between the stepwise engine's kernels: out[d, b, m] = sum over k of a[d, b, k] w[d][m, k] or [k, m].
 template <class Cell, class S>
-void multiply(const Layer<Cell, S>& l, const std::vector<S>& a, int K, int M, bool transposed, std::vector<float>& out) {
+void multiply(const Layer<Cell, S>& l, const std::vector<S>& a, int K, int M, bool transposed,
+              std::vector<float>& out) {
   for (int64_t row = 0; row < l.c.D * l.c.B; ++row) {
     const std::vector<S>& w = l.w[row / l.c.B];
     for (int64_t m = 0; m < M; ++m) {
@@ -256,8 +263,8 @@ BackwardResult<S> stepwise_backward(Layer<Cell, S>& l, const ForwardResult<Cell,
   emulator::GlobalMemory memory;
   allow(memory, dgh, product, direct, dc);
   return backward(l, f, h_before, [&](const Backward<void, void>& b) {
-    StepBackward<void, void> a{b, l.c.T, dgh.data(), product.data(), direct.data(),
-                               Cell::kStates > 1 ? dc.data() : nullptr};
+    StepBackward<void, void> a{
+        b, l.c.T, dgh.data(), product.data(), direct.data(), Cell::kStates > 1 ? dc.data() : nullptr};
     while (a.step-- > 0) {
       launchers.stepwise.step_backward(a, nullptr);
       multiply(l, dgh, G * H, H, true, product);
@@ -285,7 +292,7 @@ void check_close(const std::string& what, const std::vector<T>& got, const std::
 struct Engines {
   Engine engine;
   Product product;
-  int blocks, n_tiles;    // 0: as planned
+  int blocks, n_tiles;     // 0: as planned
   int groups_at_once = 0;  // 0: as many as an H100 holds
 };
 
@@ -293,7 +300,8 @@ PersistentPlan plan(const Engines& e, Pass pass, int gates, int bytes, const Cas
   const int products = bytes == 4 && e.product == Product::tf32x3 ? 3 : 1;
   return plan_persistent({e.engine, pass, gates, bytes, products, c.H, c.B, c.D, e.blocks, e.n_tiles}, device_facts(),
                          [&](const LaunchShape& shape) {
-                           return e.groups_at_once ? e.groups_at_once * shape.blocks : 132 / shape.cluster * shape.cluster;
+                           return e.groups_at_once ? e.groups_at_once * shape.blocks
+                                                   : 132 / shape.cluster * shape.cluster;
                          });
 }
 
@@ -314,7 +322,7 @@ class Checks {
   }
 
   void check(const Engines& e) {
-    const double tolerance = sizeof(S) == 4 ? e.product == Product::tf32 ? 4e-3 : 4e-6
+    const double tolerance = sizeof(S) == 4           ? e.product == Product::tf32 ? 4e-3 : 4e-6
                              : std::is_same_v<S, F16> ? 4e-3
                                                       : 3e-2;
     const std::string where = where_ + (e.engine == Engine::cluster ? "cluster " : "grid ") +
@@ -400,7 +408,8 @@ class Checks {
     }
     for (int t = 0; t < layer_.c.T; ++t) {
       for (int b = 0; b < layer_.c.B; ++b) {
-        for (int i = 0; i < columns && t < layer_.p.lengths[size_t(b)]; ++i) take(size_t(layer_.place(t, b) * columns + i));
+        for (int i = 0; i < columns && t < layer_.p.lengths[size_t(b)]; ++i)
+          take(size_t(layer_.place(t, b) * columns + i));
       }
     }
     check_close(what, narrow, wide, tolerance);
@@ -431,12 +440,15 @@ void check_cell(int cell, const char* name) {
   }
   const Product product = Product::tf32x3;
   // Groups that take several tiles, also of both directions.
-  check({5, 17, 17, 2, Case::ragged, true, 0}, {{grid, product, 0, 1, 1}, {grid, product, 0, 1, 4}, {cluster, product, 2, 1}});
-  check({2, 17, 40, 1, Case::even, true, 0.05}, {{cluster, product, 4, 1}, {cluster, product, 4, 4}, {grid, product, 0, 2}});
+  check({5, 17, 17, 2, Case::ragged, true, 0},
+        {{grid, product, 0, 1, 1}, {grid, product, 0, 1, 4}, {cluster, product, 2, 1}});
+  check({2, 17, 40, 1, Case::even, true, 0.05},
+        {{cluster, product, 4, 1}, {cluster, product, 4, 4}, {grid, product, 0, 2}});
   check({5, 3, 40, 2, Case::ragged, false, 0.05}, {{cluster, product, 4, 1}, {grid, product, 0, 1}});
   check({2, 3, 100, 2, Case::ragged, true, 0}, {{cluster, product, 0, 0}, {grid, product, 0, 0}});
   // Weights beyond the registers, in shared memory.
-  if (sizeof(S) == 4 && Cell::kGates == 4) check({2, 3, 144, 1, Case::even, false, 0}, {{cluster, product, 4, 0}, {grid, product, 3, 0}});
+  if (sizeof(S) == 4 && Cell::kGates == 4)
+    check({2, 3, 144, 1, Case::even, false, 0}, {{cluster, product, 4, 0}, {grid, product, 3, 0}});
 }
 
 // What fits on an H100, and what does not.
@@ -450,8 +462,11 @@ void check_plans() {
         for (int H : {1, 8, 100, 256, 512, 2048}) {
           for (int bytes : {2, 4}) {
             if (H <= (bytes == 2 ? 512 : 256))
-              CHECK(why_not(Engine::cluster, pass, gates, bytes, H, B) == "", "%d gates H %d B %d, %d bytes: %s", gates, H, B, bytes, why_not(Engine::cluster, pass, gates, bytes, H, B).c_str());
-            if (H <= 512) CHECK(why_not(Engine::grid, pass, gates, bytes, H, B) == "", "%d gates H %d B %d, %d bytes: %s", gates, H, B, bytes, why_not(Engine::grid, pass, gates, bytes, H, B).c_str());
+              CHECK(why_not(Engine::cluster, pass, gates, bytes, H, B) == "", "%d gates H %d B %d, %d bytes: %s", gates,
+                    H, B, bytes, why_not(Engine::cluster, pass, gates, bytes, H, B).c_str());
+            if (H <= 512)
+              CHECK(why_not(Engine::grid, pass, gates, bytes, H, B) == "", "%d gates H %d B %d, %d bytes: %s", gates, H,
+                    B, bytes, why_not(Engine::grid, pass, gates, bytes, H, B).c_str());
           }
         }
       }
