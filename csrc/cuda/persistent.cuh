@@ -6,17 +6,21 @@
 //                                                         backward: dh = W_hh[:, own units]^T dgh
 //   2. pointwise part of the own units, a thread per unit of a row, its state in registers
 //   3. send      the own values to all blocks             forward: h; backward: dgh, rounded as the product takes it
-// A block alone adds up each of its sums, in one order: deterministic, and no float atomics.
+// A block alone adds up each of its sums, in one order: deterministic, and no float atomics. The order follows from how
+// the planner cuts the layer, by H, B and D: a row's result may differ in the last bits from that in another batch.
+//
 // Backward could as well keep forward's slice and scatter partial sums of dh. For a cluster that moves 4 H bytes per
 // row and block where gathering dgh moves G H sizeof(S); on a grid both move about as much. Gathering was taken because
 // it is the same kernel, sends 16-byte pieces where partial sums leave the mma in 8-byte ones, needs no fixed-order sum
 // of `blocks` slots, and feeds the mma straight from L2.
 //
-// Step in clocks, napkin, LSTM bf16, H = 512, 8 rows, 16 blocks: block of 32 units = 128 gate rows; 512 mma m16n8k16 on
-// 4 tensor cores 8 each = 1000 (B = 8: half of the tensor cores' peak, by latency of mma.sync); operand 4 x 8 KB of
-// shared memory 256, partial sums 2 x 16 KB 256, both beneath the mma of other warps in part; pointwise 200; DSMEM
-// stores and cluster barrier 400. H = 1024 on 128 blocks of the grid: 32 gate rows, 128 mma a core of 4 clocks... the
-// two L2 trips of value and flag, 1300, are most of it.
+// Napkin, clocks per step, the planner's estimates; LSTM, bf16, 8 rows:
+//   H = 512, cluster of 16: 32 units, 128 gate rows. 256 mma of 8 on 4 tensor cores 512; operand 4 x 8 KB of shared
+//   memory 256; partial sums 2 x 8 KB 132; 8 KB of DSMEM stores 256, barrier 400; pointwise 200. Together 1760, less
+//   what of mma and loads overlaps. Backward sends four times as much: 2720.
+//   H = 1024, grid of 128: 8 units, 32 gate rows. mma 256, operand 16 KB from L2 512, value and flag through L2 1300,
+//   the rest 340: 2410. H = 2048: 256 KB of weights a block, half of them in shared memory: 5730.
+// Registers: 128 of weights of a thread's 255, so one block of 256 threads per multiprocessor; 256 KB would be all.
 //
 // Rounds r = 0 .. L with L the longest row of the tile: round r > 0 begins with the product of what round r - 1 sent,
 // and the last sends nothing. A pass (forward, backward) defines what a round computes. What it stores goes out between
