@@ -143,3 +143,32 @@ def test_modules_run_on_it() -> None:
         told = rnnkern.explain(lstm, sequences)
     torch.testing.assert_close(actual.data, expected.data)
     assert {note.backend for note in told.layers} == {EMULATED}
+
+
+def test_explain_tells_the_engine() -> None:
+    gru, x = rnnkern.nn.GRU(3, 40, dtype=torch.bfloat16), torch.zeros(2, 3, 3, dtype=torch.bfloat16)
+    for engine in ENGINES:
+        with rnnkern.backend(EMULATED, engine=engine):
+            (note,) = rnnkern.explain(gru, x).layers
+        assert note.engine.startswith(engine)
+        assert str(note).endswith(note.engine)
+        assert (engine == "stepwise") == ("bytes of shared memory" not in note.engine)
+
+
+@pytest.mark.parametrize(
+    ("H", "dtype", "why"),
+    [
+        (40, torch.float64, "float64 is for the stepwise engine"),
+        (3000, torch.bfloat16, "no room for 4 gates of H = 3000"),
+    ],
+    ids=["float64", "large"],
+)
+@pytest.mark.parametrize("engine", ["cluster", "grid"])
+def test_an_engine_that_cannot_run_says_why(engine: str, H: int, dtype: torch.dtype, why: str) -> None:
+    lstm, x = rnnkern.nn.LSTM(3, H, dtype=dtype), torch.zeros(2, 1, 3, dtype=dtype)
+    with (
+        torch.no_grad(),
+        rnnkern.backend(EMULATED, engine=engine),
+        pytest.raises(rnnkern.BackendUnavailable, match=why),
+    ):
+        lstm(x)

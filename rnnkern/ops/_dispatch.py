@@ -150,7 +150,8 @@ def backend(name: str, *, engine: str | None = None) -> Iterator[None]:
 
     Args:
         name: the backend.
-        engine: of the CUDA backend, "stepwise"; None: the library chooses.
+        engine: of the CUDA backend: "stepwise" (a product and a kernel for each step), "cluster" or "grid" (one kernel
+            for all steps, recurrent weights on the chip); None: the library chooses for each pass.
 
     Raises:
         ValueError: there is no backend or engine of that name.
@@ -186,6 +187,29 @@ def forced() -> str | None:
 def forced_engine() -> str:
     """The CUDA engine that this thread forces, or ""."""
     return (getattr(_thread, "engine", None) or "") if _overrides else ""
+
+
+def tf32_allowed() -> bool:
+    """Whether products of float32 may be TF32: torch's setting for cuDNN's recurrent layers."""
+    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
+def cuda_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool) -> str:
+    """The CUDA engine that runs a pass, and what it takes of the GPU.
+
+    Raises:
+        BackendUnavailable: the engine that this thread forces cannot run it.
+    """
+    try:
+        plan: str = torch.ops.rnnkern.cuda_plan(cell, x, h0, forced_engine(), tf32_allowed(), backward)
+        return plan
+    except RuntimeError as error:
+        raise BackendUnavailable(f"{cell}: {str(error).splitlines()[0]}") from None
+
+
+def explaining() -> bool:
+    """Whether `explain` is at work in this thread."""
+    return _overrides > 0 and getattr(_thread, "notes", None) is not None
 
 
 def note(kind: Callable[..., Any], *facts: Any) -> None:
@@ -226,7 +250,9 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> st
             forced=getattr(_thread, "forced", None) if _overrides else None,
             missing=_library.missing,
         )
-        note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why)
+        if explaining():
+            engine = cuda_plan(cell, x, h0, backward=False) if choice.backend in ("cuda", EMULATED) else ""
+            note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why, engine)
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()
     return choice.backend
@@ -246,11 +272,13 @@ class LayerNote:
     D: int
     backend: str
     why: str
+    engine: str = ""  # of the CUDA backend, for the forward pass, with what it takes of the GPU
 
     def __str__(self) -> str:
         shape = f"T={self.T} B={self.B} I={self.I} H={self.H} D={self.D}"
         why = f" ({self.why})" if self.why else ""
-        return f"{self.cell} {shape} {self.dtype.removeprefix('torch.')} {self.device}: {self.backend}{why}"
+        engine = f", {self.engine}" if self.engine else ""
+        return f"{self.cell} {shape} {self.dtype.removeprefix('torch.')} {self.device}: {self.backend}{why}{engine}"
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,6 @@ if _library.available:
     torch.library.register_autograd("rnnkern::cuda_layer_backward", double_backward, setup_context=setup_backward)
 
 
-def tf32_allowed() -> bool:
-    """Whether products of float32 may be TF32: torch's setting for cuDNN's recurrent layers."""
-    return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
-
-
 def layer(
     cell: str,
     x: Tensor,
@@ -66,9 +61,16 @@ def layer(
     grad_clip: float,
     training: bool,  # whether a gradient may be asked for
 ) -> Outputs:
-    """`rnnkern.ops.recurrence.recurrence` by the CUDA kernels."""
+    """`rnnkern.ops.recurrence.recurrence` by the CUDA kernels.
+
+    Raises:
+        rnnkern.BackendUnavailable: the engine that the caller forced cannot run this.
+    """
     inputs = (cell, x, h0, c0, *weights, lengths, resets, return_states)
-    how = _dispatch.forced_engine(), tf32_allowed()
+    how = _dispatch.forced_engine(), _dispatch.tf32_allowed()
+    if how[0] and not torch.compiler.is_compiling():
+        for backward in (False, True) if training else (False,):
+            _dispatch.cuda_plan(cell, x, h0, backward)
     if training:
         y, h_n, c_n, c_all, _ = torch.ops.rnnkern.cuda_layer.default(*inputs, grad_clip, *how)
         return y, h_n, c_n, c_all
