@@ -223,5 +223,22 @@ RNNKERN_DEVICE void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// Four 8 x 8 matrices of 16-bit elements in shared memory: lane l names row l % 8 of matrix l / 8, 16 aligned bytes. Of
+// matrix i, to[i] holds elements 2 pair and 2 pair + 1 of row group; transposed, of column group.
+template <bool kTransposed>
+RNNKERN_DEVICE void load_matrices(uint32_t (&to)[4], const void* row) {
+  const unsigned from = unsigned(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+}
+
 }  // namespace rnnkern::cuda
 #endif

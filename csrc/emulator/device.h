@@ -305,4 +305,17 @@ inline void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_
   multiply_matrices("mma_16x8x8_tf32", d, own, [](int pair, int i) { return pair + 4 * i; });
 }
 
+template <bool kTransposed>
+void load_matrices(uint32_t (&to)[4], const void* row) {
+  using Row = Vec<uint16_t, 8>;
+  emulator::check_access(row, sizeof(Row), sizeof(Row), false, emulator::Space::own_shared);
+  const Row* rows = exchange("load_matrices", load(static_cast<const Row*>(row)));
+  const int group = lane_index() / 4, pair = lane_index() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const auto element = [&](int r, int c) { return uint32_t(rows[i * 8 + r].at[c]); };
+    to[i] = kTransposed ? element(2 * pair, group) | element(2 * pair + 1, group) << 16
+                        : element(group, 2 * pair) | element(group, 2 * pair + 1) << 16;
+  }
+}
+
 }  // namespace rnnkern::cuda
