@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 import rnnkern
+from rnnkern import _library
 from rnnkern.functional import Additive, General, attention
+from tests import helpers
 
+# The emulated CUDA kernels are a library of their own, which may not have been built.
+EMULATED = ["cuda-emulated"] if _library.available and _library._EMULATED_PATH.exists() else []
+KERNELS = [*helpers.BACKENDS[1:], *EMULATED]
+BACKENDS = ["eager", *KERNELS]
 SCORES = ["dot", "scaled_dot", "general", "additive"]
 PADDINGS = ["none", "lengths", "mask"]
 

@@ -11,10 +11,9 @@ from torch import Tensor
 
 import rnnkern
 from rnnkern.functional import Additive, attention
-from rnnkern.ops.attention import reference
-from tests.attention_problem import PADDINGS, SCORES, make_problem
+from rnnkern.ops.attention import OPERATORS, reference
+from tests.attention_problem import BACKENDS, EMULATED, KERNELS, PADDINGS, SCORES, make_problem
 from tests.helpers import (
-    BACKENDS,
     DTYPES,
     ISAS,
     assert_as_accurate,
@@ -38,39 +37,43 @@ def names(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
-@needs_kernels
+def skip_refused(backend: str, dtype: torch.dtype) -> None:
+    if backend == "cuda-emulated" and dtype == torch.float64:
+        pytest.skip("float64 is not supported by the CUDA kernels")
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", DTYPES, ids=names)
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(("B", "Tq", "Tk", "D", "Dv"), SHAPES)
 @pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("backend", KERNELS)
 def test_outputs_and_gradients(
-    score: str, B: int, Tq: int, Tk: int, D: int, Dv: int, padding: str, dtype: torch.dtype
+    backend: str, score: str, B: int, Tq: int, Tk: int, D: int, Dv: int, padding: str, dtype: torch.dtype
 ) -> None:
+    skip_refused(backend, dtype)
     problem = make_problem(score, B, Tq, Tk, D, Dv, padding=padding, dtype=dtype)
     expected, peer = problem.run("plain", torch.float64), problem.run("plain")
-    for isa in ISAS:
+    for isa in ISAS if backend == "cpu" else [rnnkern._library.extension.get_isa()]:
         with instruction_set(isa):
-            assert_as_accurate(problem.run("cpu"), expected, peer, dtype)
+            assert_as_accurate(problem.run(backend), expected, peer, dtype)
 
 
-@needs_kernels
-@pytest.mark.parametrize("isa", ISAS)
-def test_large_scores_are_as_accurate_on_average(isa: str) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_large_scores_are_as_accurate_on_average(backend: str, isa: str) -> None:
     """Scores whose sums are long and large, where the factored exponential costs most: the mean error over many draws.
 
     The largest single error varies several times from one draw to the next, for torch as for us; the mean does not.
     """
     ours: dict[str, list[float]] = {}
     torchs: dict[str, list[float]] = {}
-    with instruction_set(isa):
-        for _ in range(12):
-            problem = make_problem("additive", 3, 4, 50, 100, 33)
-            problem.tensors["vector"] = torch.randn(103)
-            expected, peer, actual = problem.run("plain", torch.float64), problem.run("plain"), problem.run("cpu")
-            for name in expected:
-                ours.setdefault(name, []).append((actual[name] - expected[name]).abs().mean().item())
-                torchs.setdefault(name, []).append((peer[name] - expected[name]).abs().mean().item())
+    for _ in range(12):
+        problem = make_problem("additive", 3, 4, 50, 100, 33)
+        problem.tensors["vector"] = torch.randn(103)
+        expected, peer, actual = problem.run("plain", torch.float64), problem.run("plain"), problem.run(backend)
+        for name in expected:
+            ours.setdefault(name, []).append((actual[name] - expected[name]).abs().mean().item())
+            torchs.setdefault(name, []).append((peer[name] - expected[name]).abs().mean().item())
     for name in ours:
         assert sum(ours[name]) <= 1.5 * sum(torchs[name]), name
 
@@ -104,8 +107,10 @@ def test_more_keys_than_are_summed_at_a_time(score: str) -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=names)
 @pytest.mark.parametrize("size", [9.9, 10.1, 30, 100])
-def test_additive_guard(size: float, dtype: torch.dtype, isa: str) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_additive_guard(backend: str, size: float, dtype: torch.dtype, isa: str) -> None:
     """Elements of +-size, some of which cancel: where the factored exponential would overflow, tanh is still right."""
+    skip_refused(backend, dtype)
     query, key = torch.randn(2, 9, 33, dtype=dtype).sign() * size, torch.randn(2, 11, 33, dtype=dtype).sign() * size
     query[:, 1::2] = torch.randn(2, 4, 33, dtype=dtype)  # rows with and without large elements
     key[:, ::3] = torch.randn(2, 4, 33, dtype=dtype)
@@ -120,7 +125,8 @@ def test_additive_guard(size: float, dtype: torch.dtype, isa: str) -> None:
         return {"context": out[0].detach(), "weights": out[1].detach()} | {f"d{n}": g for n, g in zip(inputs, grads)}
 
     expected, peer = run(reference, torch.float64), run(reference, dtype)
-    assert_as_accurate(run(torch.ops.rnnkern.attention, dtype), expected, peer, dtype)
+    with rnnkern.backend(backend):  # loads it
+        assert_as_accurate(run(OPERATORS[backend].attention, dtype), expected, peer, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,6 +199,29 @@ def test_no_keys(score: str, backend: str) -> None:
     assert results["context"].shape == (2, 3, 5)
     assert results["weights"].shape == (2, 3, 0)
     assert all(value.eq(0).all() for value in results.values())
+
+
+@pytest.mark.parametrize("Tq", [1, 7])
+@pytest.mark.parametrize("score", ["dot", "scaled_dot"])
+@pytest.mark.parametrize("backend", EMULATED)
+def test_rows_do_not_depend_on_the_batch(backend: str, score: str, Tq: int) -> None:
+    problem = make_problem(score, 5, Tq, 130, 17, 9, padding="lengths")
+    together = problem.run(backend)
+    for b in range(5):
+        alone = make_problem(score, 1, Tq, 130, 17, 9)
+        batch = {name: t[b : b + 1] for name, t in problem.tensors.items() if name in ("query", "key", "value")}
+        alone.tensors = problem.tensors | batch
+        alone.padding = {"lengths": problem.padding["lengths"][b : b + 1]}
+        actual = alone.run(backend)
+        assert torch.equal(actual["context"], together["context"][b : b + 1])
+        assert torch.equal(actual["weights"], together["weights"][b : b + 1])
+
+
+@pytest.mark.parametrize("backend", EMULATED)
+def test_float64_is_refused(backend: str) -> None:
+    problem = make_problem("dot", 1, 2, 3, 4, 5, dtype=torch.float64)
+    with pytest.raises(rnnkern.BackendUnavailable, match=r"float64 is not supported by cuda-emulated kernels"):
+        problem.run(backend)
 
 
 @needs_kernels

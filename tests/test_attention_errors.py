@@ -9,7 +9,7 @@ import torch
 import rnnkern
 from rnnkern.functional import Additive, General, attention
 from rnnkern.nn import AdditiveAttention, GeneralAttention
-from tests.helpers import BACKENDS
+from tests.attention_problem import BACKENDS
 
 B, TQ, TK, D = 2, 3, 5, 4
 

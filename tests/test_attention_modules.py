@@ -8,8 +8,9 @@ from torch.func import grad, jvp, vmap
 import rnnkern
 from rnnkern.functional import Additive, General, attention
 from rnnkern.nn import AdditiveAttention, DotAttention, GeneralAttention
-from tests.attention_problem import PADDINGS, SCORES, make_problem
-from tests.helpers import BACKENDS, error, needs_kernels
+from rnnkern.ops.attention import OPERATORS
+from tests.attention_problem import BACKENDS, KERNELS, PADDINGS, SCORES, make_problem
+from tests.helpers import error, needs_kernels
 
 
 @needs_kernels
@@ -74,20 +75,22 @@ def test_torch_func(score: str, padding: str) -> None:
     torch.testing.assert_close(per_sample[0], expected["query"])
 
 
-@needs_kernels
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("score", ["dot", "additive"])
-def test_opcheck(score: str, need_weights: bool) -> None:
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend: str, score: str, need_weights: bool) -> None:
+    with rnnkern.backend(backend):  # loads it
+        operators = OPERATORS[backend]
     tensors = [torch.randn(2, t, 4, requires_grad=True) for t in (3, 5, 5)]
     vector = torch.randn(4, requires_grad=True) if score == "additive" else None
     lengths = torch.tensor([5, 2])
     args = (*tensors, vector, lengths, None, score, 0.5, need_weights)
-    torch.library.opcheck(torch.ops.rnnkern.attention.default, args)
+    torch.library.opcheck(operators.attention, args)
     detached = [None if t is None else t.detach() for t in (*tensors, vector)]
-    torch.library.opcheck(torch.ops.rnnkern.attention_inference.default, (*detached, *args[4:]))
+    torch.library.opcheck(operators.inference, (*detached, *args[4:]))
     dweights = torch.randn(2, 3, 5, requires_grad=True) if need_weights else None
     gradients = (torch.randn(2, 3, 4, requires_grad=True), dweights)
-    torch.library.opcheck(torch.ops.rnnkern.attention_backward.default, (*gradients, *args[:-1]))
+    torch.library.opcheck(operators.backward, (*gradients, *args[:-1]))
 
 
 @pytest.mark.parametrize(

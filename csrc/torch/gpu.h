@@ -49,10 +49,12 @@ class Gpu {
     return tensor.device() == like_.device() ? tensor : torch::stable::to(tensor, like_.device());
   }
 
-  // A contiguous tensor's address, for kernels; null for none.
+  // A tensor's address, for kernels; null for none.
   void* data(const Tensor& tensor) {
 #ifdef RNNKERN_EMULATED
-    memory_.add(tensor.const_data_ptr(), size_t(tensor.numel()) * tensor.element_size());
+    int64_t span = tensor.numel() > 0;  // elements from the first to the last
+    for (int64_t d = 0; span > 0 && d < tensor.dim(); ++d) span += (tensor.size(d) - 1) * tensor.stride(d);
+    memory_.add(tensor.const_data_ptr(), size_t(span) * tensor.element_size());
 #endif
     return const_cast<void*>(tensor.const_data_ptr());
   }

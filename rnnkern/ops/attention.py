@@ -4,11 +4,12 @@ C++ (`csrc/torch/attention.cpp`) defines the schemas and the CPU kernels:
   rnnkern::attention            has an autograd formula
   rnnkern::attention_inference  the same without one, which alone would cost microseconds per call
   rnnkern::attention_backward   every first gradient; its own gradient goes through the eager reference
+rnnkern::cuda_attention and its kin (`csrc/torch/cuda_attention.cpp`) are the same on a GPU, or emulated.
 The operators trust their input; `rnnkern.functional.attention` checks it.
 """
 
 import contextlib
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,12 +99,12 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.set_materialize_grads(False)
 
 
-def _attention_backward(ctx: Any, dcontext: Tensor | None, dweights: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_by(operator: Any, ctx: Any, dcontext: Tensor | None, dweights: Tensor | None) -> tuple[Any, ...]:
     dweights = dweights if ctx.need_weights else None
     saved = ctx.saved_tensors  # may run hooks, such as a checkpoint's whole forward: not below autograd
     # Without this, every backward would enter the Python formula of its own gradient to find that nobody wants one.
     with contextlib.nullcontext() if torch.is_grad_enabled() else torch._C._AutoDispatchBelowAutograd():
-        grads = torch.ops.rnnkern.attention_backward.default(dcontext, dweights, *saved, ctx.score, ctx.scale)
+        grads = operator(dcontext, dweights, *saved, ctx.score, ctx.scale)
     needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[:4]))
     return (*needed, None, None, None, None, None)
 
@@ -146,44 +147,64 @@ def _gradient(outputs: Any, inputs: list[Any], cotangents: list[Any], *, create_
     return [None if i is None else next(found) for i in inputs]
 
 
-if _library.available:
-    torch.library.register_fake("rnnkern::attention", _fake_attention)
-    torch.library.register_fake("rnnkern::attention_inference", _fake_attention)
-    torch.library.register_fake("rnnkern::attention_backward", _fake_backward)
-    torch.library.register_autograd("rnnkern::attention", _attention_backward, setup_context=_setup_attention)
-    torch.library.register_autograd("rnnkern::attention_backward", _double_backward, setup_context=_setup_backward)
-    _attention = torch.ops.rnnkern.attention.default
-    _attention_inference = torch.ops.rnnkern.attention_inference.default
-
-
-class _Attention(torch.autograd.Function):
-    """`rnnkern::attention` with its registered formula, reached without the dispatcher's detour through Python.
-
-    Halves the time of a short training call; tracers need the operator itself.
+class Operators(NamedTuple):
+    """One device's: `apply` is `attention` with its registered formula, reached without the dispatcher's detour through
+    Python. That halves the time of a short training call; tracers need the operator itself.
     """
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output: tuple[Tensor, Tensor] = _attention(*inputs)
-        _setup_attention(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_attention_backward)
+    attention: Any
+    inference: Any
+    backward: Any
+    apply: Any
 
 
-_apply_attention: Any = _Attention.apply
+def _register(prefix: str) -> Operators:
+    operators = torch.ops.rnnkern
+    attention, inference, backward = (
+        getattr(operators, prefix + name).default for name in ("attention", "attention_inference", "attention_backward")
+    )
+
+    def attention_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        return _backward_by(backward, ctx, *gradients)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+            with torch._C._AutoDispatchBelowAutograd():
+                output: tuple[Tensor, Tensor] = attention(*inputs)
+            _setup_attention(ctx, inputs, output)
+            return output
+
+        backward = staticmethod(attention_backward)
+
+    torch.library.register_fake(f"rnnkern::{prefix}attention", _fake_attention)
+    torch.library.register_fake(f"rnnkern::{prefix}attention_inference", _fake_attention)
+    torch.library.register_fake(f"rnnkern::{prefix}attention_backward", _fake_backward)
+    torch.library.register_autograd(f"rnnkern::{prefix}attention", attention_backward, setup_context=_setup_attention)
+    torch.library.register_autograd(
+        f"rnnkern::{prefix}attention_backward", _double_backward, setup_context=_setup_backward
+    )
+    return Operators(attention, inference, backward, Function.apply)
 
 
-def refusal(device: str, dtype: torch.dtype, transformed: bool) -> str:
-    """Why the CPU kernels cannot run this attention, "" if they can."""
-    if device != "cpu":
-        return f"the tensors are on {device}, not on the cpu"
-    if dtype not in _dispatch.KERNEL_DTYPES:
-        return f"{dtype} is not supported by cpu kernels"
+OPERATORS: dict[str, Operators] = {}  # by backend
+if _library.available:
+    OPERATORS["cpu"] = _register("")
+    OPERATORS["cuda"] = OPERATORS[_dispatch.EMULATED] = _register("cuda_")
+
+
+def refusal(backend: str, device: str, dtype: torch.dtype, transformed: bool) -> str:
+    """Why the kernels of a backend cannot run this attention, "" if they can."""
+    if backend == "triton":
+        return "triton kernels are not part of this version"
+    own = "cuda" if backend == "cuda" else "cpu"
+    if device != own:
+        return f"the tensors are on {device}, not on the {own}"
+    if dtype not in _dispatch.KERNEL_DTYPES or (backend != "cpu" and dtype == torch.float64):
+        return f"{dtype} is not supported by {backend} kernels"
     if transformed:
-        return f"{_dispatch.TRANSFORMED} by cpu kernels"
-    return _library.reason
+        return f"{_dispatch.TRANSFORMED} by {backend} kernels"
+    return _library.missing[backend]
 
 
 def attend(
@@ -198,23 +219,26 @@ def attend(
     mask: Tensor | None = None,  # bool [B, Tk], True is padding
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention over projected queries and keys, on the CPU kernels or, where they cannot run, on the reference.
+    """Attention over projected queries and keys, on the device's kernels or, where they cannot run, on the reference.
 
     Raises:
-        RuntimeError: a length is not within 0..Tk.
+        RuntimeError: a length on the CPU is not within 0..Tk.
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
     compiling = torch.compiler.is_compiling()
-    if lengths is not None and not compiling:  # the kernel checks what a traced program cannot
+    device = query.device.type
+    # The kernel checks what a traced program cannot. Lengths on a GPU are not worth waiting for: it takes the nearest.
+    if lengths is not None and not compiling and lengths.device.type == "cpu":
         _check_range(lengths, key.shape[1])
     exporting = onnx.exporting()
     forced = None if exporting else _dispatch.forced()  # what is exported runs on none of our backends
     transformed = not compiling and _dispatch.transformed()
-    why = "forced" if forced == "eager" else refusal(query.device.type, query.dtype, transformed)
+    backend = forced or ("cuda" if device == "cuda" else "cpu")
+    why = "forced" if backend == "eager" else refusal(backend, device, query.dtype, transformed)
     if exporting:
         why = "ONNX has no such operator"
-    if why and forced == "cpu":
-        raise _dispatch.BackendUnavailable(f"backend 'cpu' cannot run {score} attention: {why}")
+    if why and forced not in (None, "eager"):
+        raise _dispatch.BackendUnavailable(f"backend {forced!r} cannot run {score} attention: {why}")
     if _dispatch._overrides:  # `explain` may want to know
         _dispatch.note(
             _dispatch.AttentionNote,
@@ -225,11 +249,11 @@ def attend(
             key.shape[1],
             query.shape[2],
             value.shape[2],
-            "eager" if why else "cpu",
+            "eager" if why else backend,
             "forced by rnnkern.backend" if forced else f"{why}: eager reference" if why else "",
         )
     if why:
-        if forced is None and query.device.type == "cpu" and _library.reason:
+        if forced is None and device == "cpu" and _library.reason:
             _library.warn_if_missing()
         context, weights = reference(query, key, value, vector, lengths, mask, score, scale)
         return context, weights if need_weights else None
@@ -239,9 +263,10 @@ def attend(
     grad = torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or (vector is not None and vector.requires_grad)
     )
-    run = _attention_inference
+    operators = OPERATORS[backend]
+    run = operators.inference
     if tracing or grad:
-        run = _attention if tracing or compiling else _apply_attention
+        run = operators.attention if tracing or compiling else operators.apply
     context, weights = run(query, key, value, vector, lengths, mask, score, scale, need_weights)
     return context, weights if need_weights else None
 
