@@ -79,7 +79,8 @@ RNNKERN_DEVICE Words load_piece(const S* row, int64_t k, int valid, bool aligned
 template <class Math, Pass pass>
 struct SliceProduct {
   static constexpr int kM = warp_m_tiles(pass), kK = register_k_blocks(pass);
-  static constexpr int kAhead = 4;  // k blocks whose operand is loaded before the first is multiplied
+  // k blocks whose operand is loaded before the first is multiplied: as many as registers are left for.
+  static constexpr int kAhead = Math::kProducts == 3 ? 2 : pass == Pass::forward ? 3 : 4;
   const PersistentLayout& layout;
   uint32_t weights[kM][kK][8];
   int m_first, m_count, k_first, k_count;  // this warp's tiles; none for warps past the last
@@ -145,11 +146,12 @@ struct SliceProduct {
         Words values[kAhead];
         RNNKERN_UNROLLED
         for (int i = 0; i < kAhead; ++i) {
-          if (part + i < k_count) values[i] = prepared(operand(k_first + part + i, place + (part + i) * next));
+          if (part + i < kK && part + i < k_count)
+            values[i] = prepared(operand(k_first + part + i, place + (part + i) * next));
         }
         RNNKERN_UNROLLED
         for (int i = 0; i < kAhead; ++i) {
-          if (part + i >= k_count) continue;
+          if (part + i >= kK || part + i >= k_count) continue;
           RNNKERN_UNROLLED
           for (int m = 0; m < kM; ++m) {
             if (m < m_count) multiply(d[m], weights[m][part + i], values[i]);
