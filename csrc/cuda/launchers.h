@@ -4,6 +4,7 @@
 
 #include "cpu/dtype.h"
 #include "cuda/persistent.h"
+#include "cuda/step.h"
 #include "cuda/stepwise.h"
 
 namespace rnnkern::cuda {
@@ -25,9 +26,15 @@ struct PersistentLaunchers {  // none for float64
   void (*backward)(const PersistentPlan&, Engine, Product, const Backward<void, void>&, void* workspace, void* stream);
 };
 
+struct FusedStepLaunchers {  // null for float64
+  void (*cell)(const CellStep<void>&, void* stream);
+  void (*attention)(const AttentionStep<void>&, void* stream);
+};
+
 struct CellLaunchers {
   StepwiseLaunchers stepwise;
   PersistentLaunchers persistent;
+  FusedStepLaunchers fused_step;
 };
 
 // Of the cell with this index in cell_traits(); f32w8 has none.

@@ -4,6 +4,7 @@
 #include "cuda/launch.h"
 #include "cuda/launchers.h"
 #include "cuda/persistent_launch.cuh"
+#include "cuda/step_launch.cuh"
 #include "cuda/stepwise.cuh"
 
 namespace rnnkern::cuda {
@@ -42,6 +43,8 @@ CellLaunchers make_launchers() {
            typed<StepBackward<S, C>>(a), Stream(stream));
   };
   if constexpr (std::is_same_v<C, float>) launchers.persistent = persistent_launchers<Cell, S>();
+  if constexpr (sizeof(S) <= sizeof(float))
+    launchers.fused_step = {launch_step<Cell, S, CellStep>, launch_step<Cell, S, AttentionStep>};
   return launchers;
 }
 
