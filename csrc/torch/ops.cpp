@@ -148,6 +148,7 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
   "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, " \
   "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse)"
 #define RNNKERN_ENGINE_SCHEMA "str engine, bool tf32"
+#define RNNKERN_STEP_SCHEMA "Tensor x, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 #define RNNKERN_OUTPUT_SCHEMA "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all)"
 
 STABLE_TORCH_LIBRARY(rnnkern, m) {
@@ -168,6 +169,11 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
         ") -> " RNNKERN_GRADIENT_SCHEMA);
   // What the engine does that would run a layer forward or backward.
   m.def("cuda_plan(str cell, Tensor x, Tensor h0, " RNNKERN_ENGINE_SCHEMA ", bool backward) -> str");
+  // See cuda_step.cpp.
+  m.def("cuda_cell_step(str cell, " RNNKERN_STEP_SCHEMA ") -> (Tensor h_next, Tensor c_next)");
+  m.def("cuda_attention_step(str cell, " RNNKERN_STEP_SCHEMA
+        ", Tensor? w_query, Tensor key, Tensor value, Tensor? vector, Tensor? lengths, float scale, "
+        "Tensor(a!) counters) -> (Tensor h_next, Tensor c_next, Tensor context)");
   m.def("pack(str cell, " RNNKERN_WEIGHT_SCHEMA ") -> Tensor");
   m.def("pack_int8(str cell, " RNNKERN_WEIGHT_SCHEMA ", " RNNKERN_SCALE_SCHEMA ") -> Tensor");
 }

@@ -2,7 +2,8 @@
 
 `csrc/torch/cuda_layer.cpp` has the kernels: rnnkern::cuda_layer, rnnkern::cuda_layer_inference and
 rnnkern::cuda_layer_backward are rnnkern::layer and its kin with two arguments more, the engine and whether products of
-float32 may be TF32.
+float32 may be TF32. `csrc/torch/cuda_step.cpp` has single steps in one launch, which know no gradients:
+rnnkern::cuda_cell_step and rnnkern::cuda_attention_step.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from rnnkern import _library
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops import _dispatch
+from rnnkern.ops import _dispatch, onnx
 from rnnkern.ops.formulas import (
     Outputs,
     backward_of_layer,
@@ -41,7 +42,20 @@ def _layer_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None,
     return backward_of_layer(ctx, torch.ops.rnnkern.cuda_layer_backward.default, *gradients)
 
 
+def _fake_cell_step(cell: str, x: Tensor, h: Tensor, c: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(h.shape), x.new_empty(0 if c is None else c.shape, dtype=compute_dtype(x.dtype))
+
+
+def _fake_attention_step(
+    cell: str, x: Tensor, h: Tensor, c: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    value = rest[6]
+    return (*_fake_cell_step(cell, x, h, c), x.new_empty(value.shape[0], value.shape[2]))
+
+
 if _library.available:
+    torch.library.register_fake("rnnkern::cuda_cell_step", _fake_cell_step)
+    torch.library.register_fake("rnnkern::cuda_attention_step", _fake_attention_step)
     torch.library.register_fake("rnnkern::cuda_layer", _fake_layer)
     torch.library.register_fake("rnnkern::cuda_layer_inference", fake_inference)
     torch.library.register_fake("rnnkern::cuda_layer_backward", fake_backward)
@@ -76,3 +90,33 @@ def layer(
         return y, h_n, c_n, c_all
     outputs: Outputs = torch.ops.rnnkern.cuda_layer_inference.default(*inputs, *how)
     return outputs
+
+
+# Of a fused step. Its products run on plain FMA units: above this many rows two products on tensor cores and a kernel
+# for the rest should take less, by arithmetic alone; nobody has measured it.
+FUSED_ROWS = 32
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fuses(cell: str, x: Tensor, h: Tensor) -> bool:
+    """Whether a step without gradients of x [B, I] and h [B, H] is one launch on the backend that runs here."""
+    if x.is_cpu and not _dispatch._overrides:
+        return False
+    forced = _dispatch.forced()
+    backend = _dispatch.EMULATED if forced == _dispatch.EMULATED else "cuda"
+    if forced not in (None, backend) or _dispatch.forced_engine():
+        return False
+    changed = not torch.compiler.is_compiling() and _dispatch.transformed()
+    return (
+        x.dtype in FUSED_DTYPES
+        and x.shape[0] <= FUSED_ROWS
+        and not onnx.exporting()
+        and not _dispatch.refusal(
+            backend, cell, x.device.type, x.dtype, h.shape[1], transformed=changed, missing=_library.missing
+        )
+    )
+
+
+def step_counters(B: int, device: torch.device) -> Tensor:
+    """What `attention_step` of B rows counts with: zero between launches, for one launch at a time."""
+    return torch.zeros(3 + B, dtype=torch.int32, device=device)

@@ -1,4 +1,7 @@
-"""One step of a cell: in training a single node of the graph, elsewhere the recurrent layer's operator."""
+"""One step of a cell: in training a single node of the graph, elsewhere the recurrent layer's operator.
+
+On a GPU a step without gradients is one launch, and so is one with the attention that follows it in a decoder.
+"""
 
 from typing import Any
 
@@ -7,6 +10,8 @@ from torch import Tensor
 
 from rnnkern import _library
 from rnnkern.cells import CELLS
+from rnnkern.ops import _dispatch, cuda
+from rnnkern.ops.attention import attend
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.recurrence import check_weights, recurrence
 from rnnkern.ops.short import watched
@@ -69,23 +74,73 @@ def step(
 ) -> tuple[Tensor, Tensor | None]:
     """One step: `recurrence` without a time dimension. Returns the next h, and c if the cell has one.
 
-    A step in training is a single node of the graph; whatever else is wanted takes `recurrence`.
+    A step in training is a single node of the graph, on a GPU one without gradients a single launch; whatever else is
+    wanted takes `recurrence`.
     """
     used = weights[:4]
-    if (
-        not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any([t is not None and t.requires_grad for t in (x, h, c, *used)])
-        and h.shape[1] > 0
-        and plain_training(cell, x)
-    ):
+    gradients = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, h, c, *used)])
+    if gradients and not torch.compiler.is_compiling() and h.shape[1] > 0 and plain_training(cell, x):
         if packs is not None:
             packs.forget()
         result = _apply_cell_step(cell, x, h, c, *used)
         return (result, None) if c is None else result
+    if not gradients and torch._C._get_tracing_state() is None and cuda.fuses(cell, x, h):
+        _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False)  # for `explain`
+        check_weights(x, weights, cell, h, h)
+        next_h, next_c = torch.ops.rnnkern.cuda_cell_step.default(cell, x, h, c, *used)
+        return next_h, None if c is None else next_c
     c0 = None if c is None else c.unsqueeze(0)
     _, h_n, c_n, _ = recurrence(cell, x.unsqueeze(0), h.unsqueeze(0), c0, weights, packs=packs)
     return h_n.squeeze_(0), None if c is None else c_n.squeeze_(0)  # not views: these refuse `detach_`
+
+
+def attention_step(
+    cell: str,
+    x: Tensor,  # [B, I]
+    h: Tensor,  # [B, H]
+    c: Tensor | None,  # [B, H] in the compute dtype, for cells of two states
+    weights: Weights,  # of one direction
+    key: Tensor,  # [B, Tk, D]: projected
+    value: Tensor,  # [B, Tk, Dv]
+    *,
+    w_query: Tensor | None = None,  # [D, H]; None: the query is h', and D = H
+    vector: Tensor | None = None,  # [D]: the additive score; None: the dot score
+    scale: float = 1.0,  # of the dot score
+    lengths: Tensor | None = None,  # int64 [B]
+    counters: Tensor | None = None,  # of `cuda.step_counters`; None makes them anew, by another launch
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A step, and the attention of its new h: `step`, then `attend`. Returns the next h and c, and context [B, Dv].
+
+    On a GPU, without gradients, it is one launch; lengths should lie there, since they are copied otherwise. The query
+    w_query h' is then not rounded to the dtype of h.
+    """
+    used = weights[:4]
+    inputs = x, h, c, *used, w_query, key, value, vector
+    gradients = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
+    if not gradients and torch._C._get_tracing_state() is None and cuda.fuses(cell, x, h):
+        chosen = _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False)  # for `explain`
+        sizes = (x.shape[0], 1, *key.shape[1:], value.shape[2])
+        score = "dot" if vector is None else "additive"
+        _dispatch.note(_dispatch.AttentionNote, score, str(x.device), str(x.dtype), *sizes, chosen, "")
+        check_weights(x, weights, cell, h, h)
+        if counters is None:
+            counters = cuda.step_counters(x.shape[0], x.device)
+        next_h, next_c, context = torch.ops.rnnkern.cuda_attention_step.default(
+            *(cell, x, h, c, *used, w_query, key, value, vector, lengths, scale, counters)
+        )
+        return next_h, None if c is None else next_c, context
+    next_h, next_c = step(cell, x, h, c, weights)
+    query = next_h if w_query is None else torch.nn.functional.linear(next_h, w_query)
+    context, _ = attend(
+        query.unsqueeze(1),
+        key,
+        value,
+        score="dot" if vector is None else "additive",
+        vector=vector,
+        scale=scale,
+        lengths=lengths,
+    )
+    return next_h, next_c, context.squeeze(1)
 
 
 def plain_training(cell: str, x: Tensor) -> bool:
