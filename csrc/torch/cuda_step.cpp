@@ -12,7 +12,7 @@
 namespace rnnkern {
 namespace {
 
-constexpr int64_t kMostSize = std::numeric_limits<int>::max() / 8;  // of a dimension: kernels count stretches in int
+constexpr int64_t kMostSize = std::numeric_limits<int>::max() / 8;  // of a dimension or a state: kernels count in int
 
 bool has_shape(const Tensor& tensor, const std::vector<int64_t>& sizes) {
   if (tensor.dim() != int64_t(sizes.size())) return false;
@@ -48,7 +48,7 @@ struct StepArguments {
     const int64_t B = x.size(0), I = x.size(1), H = h.size(1);
     const CellTraits& traits = cell_traits()[size_t(cell)];
     const int64_t gates = traits.gates * H;
-    STD_TORCH_CHECK(H > 0 && std::max({B, I, gates}) <= kMostSize,
+    STD_TORCH_CHECK(H > 0 && std::max({B, I, gates, B * H}) <= kMostSize,
                     "rnnkern::cuda_cell_step: no hidden unit, or a size above ", kMostSize);
     check_fits("h", h, {B, H}, type);
     check_fits("c", c, {B, H}, ScalarType::Float);
