@@ -1,6 +1,7 @@
 """Builds the native code with CMake and Ninja; CMakeLists.txt says what there is to build."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DRNNKERN_VERSION={self.distribution.get_version()}",
             f"-DRNNKERN_EMULATOR={'ON' if self.editable_mode else 'OFF'}",  # for those who work on the kernels
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run([cmake, "-S", ROOT, "-B", build_dir, "-G", "Ninja", *configure], check=True)
         subprocess.run([cmake, "--build", build_dir], check=True)

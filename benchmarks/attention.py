@@ -27,20 +27,24 @@ class AttentionCase:
     D: int
     training: bool = False
     need_weights: bool = False  # of ours: no fused peer can give them
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
         """A short name, the same on every machine."""
-        mode = ("weights-" if self.need_weights else "") + ("train" if self.training else "eval")
+        mode = "" if self.dtype == torch.float32 else f"{self.dtype}-".removeprefix("torch.")
+        mode += ("weights-" if self.need_weights else "") + ("train" if self.training else "eval")
         return f"{self.score}-B{self.B}-Tq{self.Tq}-Tk{self.Tk}-D{self.D}-{mode}"
 
     def inputs(self) -> list[Tensor]:
         """query [B, Tq, D], key [B, Tk, D], value [B, Tk, D] and the score's parameter, if it has one."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(self.device).manual_seed(0)
         shapes = [(self.B, self.Tq, self.D), (self.B, self.Tk, self.D), (self.B, self.Tk, self.D)]
         shapes += {"additive": [(self.D,)], "general": [(self.D, self.D)]}.get(self.score, [])
         scale = self.D**-0.25  # scores of about one, as in a trained model
-        return [torch.randn(s, generator=generator).mul_(scale).requires_grad_(self.training) for s in shapes]
+        made = (torch.randn(shape, generator=generator, device=self.device) * scale for shape in shapes)
+        return [tensor.to(self.dtype).requires_grad_(self.training) for tensor in made]
 
     def builders(self) -> dict[str, Callable[[], Callable[[], object]]]:
         """What builds each implementation, ours first; PeerUnavailable where it cannot run here."""
@@ -53,19 +57,19 @@ class AttentionCase:
         found: dict[str, Callable[[], Callable[[], object]]] = {
             name: lambda function=function: self._runner(function) for name, function in functions.items()
         }
-        if self.score == "additive":
-            found[COMPILED] = self._compiled
+        if self.score == "additive" or self.device != "cpu":
+            found[COMPILED] = lambda: self._compiled(functions[EAGER])
         return found
 
     def _runner(self, function: Callable[..., Tensor]) -> Callable[[], object]:
         inputs = self.inputs()
         if not self.training:
             return lambda: function(*inputs)
-        gradient = torch.ones(self.B, self.Tq, self.D)
+        gradient = torch.ones(self.B, self.Tq, self.D, dtype=self.dtype, device=self.device)
         return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)
 
-    def _compiled(self) -> Callable[[], object]:
-        run = self._runner(torch.compile(eager_additive, dynamic=False))
+    def _compiled(self, function: Callable[..., Tensor]) -> Callable[[], object]:
+        run = self._runner(torch.compile(function, dynamic=False))
         try:
             run()  # it compiles at the first call
         except Exception as error:  # of many types: no compiler, no headers, a compiler that fails

@@ -92,11 +92,15 @@ def folder_for(where: Path, identity: dict[str, Any]) -> Path:
 
     Under an instruction set that RNNKERN_CPU_ISA forces, `where` is the folder of that name in it.
     """
-    where = where / os.environ.get("RNNKERN_CPU_ISA", "")
-    name, number = slug(identity["threads"]), 1
+    return own_folder(where / os.environ.get("RNNKERN_CPU_ISA", ""), slug(identity["threads"]), "report.json", identity)
+
+
+def own_folder(where: Path, name: str, report: str, identity: dict[str, Any]) -> Path:
+    """The folder of that name, or that name and a number, whose report is of this very machine, or that has none."""
+    number = 1
     while True:
         folder = where / (name if number == 1 else f"{name}-{number}")
-        written = folder / "report.json"
+        written = folder / report
         if not written.exists() or json.loads(written.read_text())["machine"] == identity:
             return folder
         number += 1

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +105,11 @@ class Case:
         """The dtype of input, states and output."""
         return torch.float32 if self.quantized else self.dtype
 
-    def input(self) -> Tensor:
+    def input(self, device: str = "cpu") -> Tensor:
         """x [T, B, I], of a cell [B, I]."""
         shape = (self.B, self.I) if self.single_step else (self.T, self.B, self.I)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.values)
+        generator = torch.Generator(device).manual_seed(0)
+        return torch.randn(shape, generator=generator, device=device).to(self.values)
 
     def lengths(self) -> Tensor:
         """Steps of each row [B], in no order: of a ragged case T / 10 to T, one of them T; else T."""
@@ -131,16 +133,17 @@ class Case:
         return self.valid_share() * padded
 
 
-def modules(case: Case) -> dict[str, nn.Module]:
+def modules(case: Case, device: str = "cpu") -> dict[str, nn.Module]:
     """Ours and torch's module, with the same weights each time."""
-    kwargs: dict[str, object] = {"nonlinearity": case.cell.removeprefix("rnn_")} if case.cell.startswith("rnn_") else {}
+    kwargs: dict[str, Any] = {"nonlinearity": case.cell.removeprefix("rnn_")} if case.cell.startswith("rnn_") else {}
     name = CELLS[case.cell] + ("Cell" if case.single_step else "")
     if not case.single_step:
         kwargs |= {"num_layers": case.layers, "bidirectional": case.bidirectional}
-    with torch.random.fork_rng(devices=[]):
+    kwargs["device"] = device
+    with torch.random.fork_rng(devices=[] if device == "cpu" else [device]):
         torch.manual_seed(0)
         theirs = getattr(nn, name)(case.I, case.H, **kwargs).to(case.values)
-    ours = getattr(rnnkern.nn, name)(case.I, case.H, **kwargs).to(case.values)
+        ours = getattr(rnnkern.nn, name)(case.I, case.H, **kwargs).to(case.values)
     ours.load_state_dict(theirs.state_dict())
     if case.quantized:
         ours = rnnkern.quantize_dynamic(ours)
@@ -156,9 +159,9 @@ def first_tensor(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def forward_runner(case: Case, module: nn.Module) -> tuple[Tensor, Callable[[], Tensor]]:
+def forward_runner(case: Case, module: nn.Module, device: str = "cpu") -> tuple[Tensor, Callable[[], Tensor]]:
     """The input, and a function that runs the module on it and returns its output: of packed input, packed data."""
-    x = case.input()
+    x = case.input(device)
     if case.ragged == "packed":
         packed = pack_padded_sequence(x, case.lengths(), enforce_sorted=False)
         packed = PackedSequence(packed.data.requires_grad_(case.training), *packed[1:])
@@ -170,13 +173,16 @@ def forward_runner(case: Case, module: nn.Module) -> tuple[Tensor, Callable[[], 
     return x, lambda: first_tensor(module(x))
 
 
-def runner(case: Case, module: nn.Module) -> Callable[[], object]:
+def runner(case: Case, module: nn.Module, device: str = "cpu") -> Callable[[], object]:
     """A function that runs the case once: forward without gradients, or forward and every gradient."""
-    x, forward = forward_runner(case, module)
+    x, forward = forward_runner(case, module, device)
     if not case.training:
         return forward
     wanted = [x, *module.parameters()]
-    gradient = torch.ones(*x.shape[:-1], case.H * (2 if case.bidirectional else 1), dtype=case.dtype)
+    shape = (*x.shape[:-1], case.H * (2 if case.bidirectional else 1))
+    # Gradients of weights are sums over all steps and rows: of ones they may be more than float16 can hold.
+    one = 1 / 64 if case.dtype == torch.float16 else 1.0
+    gradient = torch.full(shape, one, dtype=case.dtype, device=device)
     return lambda: torch.autograd.grad(forward(), wanted, gradient)
 
 

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ def compare(
     max_rounds: int = 200,
     sample_seconds: float = 1e-3,
     rest: float = 0.0,
+    run: Callable[[Callable[[], object], int], float] = _run,
+    limits: Mapping[str, int] = MappingProxyType({}),
 ) -> Comparison:
     """Times the functions against each other.
 
@@ -65,6 +68,8 @@ def compare(
         rest: seconds of sleep before each function's turn, which then begins with as many calls that do not count. For
             functions with threads of their own: these spin for some milliseconds after a call, on cores that the next
             function needs.
+        run: calls a function so many times and returns the seconds per call.
+        limits: rounds of a function that is to have no more, being slow; ratios are then of those rounds alone.
 
     Returns:
         The samples of all rounds.
@@ -76,8 +81,8 @@ def compare(
     """
     calls = {}
     for name, function in functions.items():
-        _run(function, 1)  # first touch, lazy initialisation
-        calls[name] = max(1, round(sample_seconds / max(_run(function, 1), 1e-9)))
+        run(function, 1)  # first touch, lazy initialisation
+        calls[name] = max(1, round(sample_seconds / max(run(function, 1), 1e-9)))
     order = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in order}
     collecting = gc.isenabled()
@@ -88,10 +93,12 @@ def compare(
             if done >= min_rounds and time.perf_counter() - start > seconds:
                 break
             for name in order:
+                if done >= limits.get(name, max_rounds):
+                    continue
                 if rest:
                     time.sleep(rest)
-                    _run(functions[name], calls[name])
-                samples[name].append(_run(functions[name], calls[name]))
+                    run(functions[name], calls[name])
+                samples[name].append(run(functions[name], calls[name]))
             order.append(order.pop(0))
     finally:
         if collecting:
