@@ -1,0 +1,253 @@
+"""The results as Markdown and plots: `gpu.md`, `gpu_speedup.png`. Needs no GPU."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.cases import LayerCase
+from benchmarks.gpu.layers import EAGER, PROJECTION
+from benchmarks.gpu.results import NAME
+from benchmarks.gpu.targets import ESTIMATES, SOURCE, target
+from benchmarks.render import milliseconds, table
+from rnnkern._bench.cases import OURS, TORCH
+
+MODES = {"eval": "forward", "train": "forward and backward"}
+SHAPES = {"plain": "one layer", "stack": "two layers, bidirectional", "packed": "packed sequences"}
+WORST = 20
+Row = dict[str, Any]
+
+NOTE = (
+    "Medians of interleaved calls, timed by events on the device, with the L2 cache overwritten before each and "
+    "launches queued ahead, up to 2 ms of them; `call` is on the host, from a call to the end of its work. "
+    f"`x {TORCH}` is how many times faster ours is than cuDNN, the median of paired ratios; below 1, we are slower. "
+    "`us a step` is the forward less the product of the inputs with W_ih, which is timed alone, over the steps. "
+    f"`aimed at` is {SOURCE}; it is no measurement. "
+    "`cuDNN` says whether its kernels keep the weights on the chip for all steps (persistent) or run step by step "
+    "(standard), by the names and the number of the kernels that it launched. fp32 does not allow TF32; all else does."
+)
+
+
+def per_step_us(row: Row, name: str) -> float | None:
+    """Microseconds per step of the recurrence alone, where the projection was timed."""
+    seconds = row["seconds"]
+    if PROJECTION not in seconds or name not in seconds:
+        return None
+    return 1e6 * max(seconds[name] - seconds[PROJECTION], 0.0) / row["case"]["T"]
+
+
+def cudnn_path(kernels: Row | None, steps: int) -> str:
+    """Which of cuDNN's ways the kernels are, "" if that was not looked at."""
+    if kernels is None or TORCH not in kernels:
+        return ""
+    found = kernels[TORCH]
+    if any("persist" in name.lower() for name, *_ in found["top"]):
+        return "persistent"
+    return "standard" if found["launches"] >= steps else f"{found['launches']} kernels"
+
+
+def figure(value: float | None, form: str = ".2f") -> str:
+    """A number, or nothing."""
+    return "" if value is None else format(value, form)
+
+
+def layer_cells(row: Row, kernels: Row | None) -> list[str]:
+    """A row of a layer's table."""
+    case, seconds, ratio = row["case"], row["seconds"], row["ratio"]
+    aim = target(LayerCase.of(case).case)
+    aimed = "" if aim is None else f"{aim.low:g}" if aim.low == aim.high else f"{aim.low:g}-{aim.high:g}"
+    step = per_step_us(row, OURS)
+    peaks = row.get("peak_mib", {})
+    fastest = min((name for name in seconds if name.startswith(f"{OURS} ")), key=seconds.__getitem__, default="")
+    return [
+        f"H={case['H']}, B={case['B']}, T={case['T']}",
+        milliseconds(seconds[OURS]),
+        milliseconds(row["call_seconds"].get(OURS)),
+        figure(ratio.get(TORCH)),
+        figure(ratio.get(EAGER)),
+        fastest.removeprefix(f"{OURS} "),
+        figure(step),
+        figure(per_step_us(row, TORCH)),
+        aimed,
+        figure(step / aim.high if step is not None and aim is not None else None),
+        cudnn_path(kernels, case["T"]),
+        " / ".join(figure(peaks.get(name), ".0f") or "?" for name in (OURS, TORCH)) if peaks else "",
+        "differs" if row["disagrees"] else "",
+    ]
+
+
+HEAD = [
+    *("", f"{OURS}, ms", "call, ms", f"x {TORCH}", f"x {EAGER}", "fastest engine", "us a step", f"us a step, {TORCH}"),
+    *("aimed at", "of that", "cuDNN", f"MiB, {OURS} / {TORCH}", "result"),
+]
+
+
+def measured(part: Row | None) -> dict[str, Row]:
+    """The rows that have a time of ours."""
+    rows = part["rows"] if part else {}
+    return {name: row for name, row in rows.items() if OURS in row.get("seconds", {})}
+
+
+def layer_tables(parts: Row) -> Iterator[str]:
+    """A table for each cell, dtype, shape and mode."""
+    rows, kernels = measured(parts.get("layers")), parts.get("kernels", {}).get("rows", {})
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, row in rows.items():
+        groups.setdefault(tuple(row["case"][fact] for fact in ("cell", "dtype", "shape", "mode")), []).append(name)
+    for (cell, dtype, shape, mode), names in sorted(groups.items()):
+        yield f"**{cell}, {dtype}, {SHAPES[shape]}, {MODES[mode]}**"
+        names.sort(key=lambda name: [rows[name]["case"][fact] for fact in ("H", "T", "B")])
+        yield table(HEAD, [layer_cells(rows[name], kernels.get(name)) for name in names])
+
+
+def worst(parts: Row) -> Iterator[str]:
+    """Where cuDNN is faster, and what failed, was refused or differs."""
+    rows, kernels = measured(parts.get("layers")), parts.get("kernels", {}).get("rows", {})
+    ratios = {name: row["ratio"][TORCH] for name, row in rows.items() if TORCH in row["ratio"]}
+    lost = sorted((name for name, ratio in ratios.items() if ratio < 1), key=ratios.__getitem__)
+    if ratios:
+        ordered = sorted(ratios.values())
+        yield (
+            f"{len(ratios)} layers: {len(lost)} slower than cuDNN; "
+            f"median {ordered[len(ordered) // 2]:.2f} times as fast, from {ordered[0]:.2f} to {ordered[-1]:.2f}."
+        )
+    if lost:
+        head = ["the worst", f"x {TORCH}", "cuDNN"]
+        paths = [cudnn_path(kernels.get(name), rows[name]["case"]["T"]) for name in lost[:WORST]]
+        yield table(head, [[f"`{name}`", f"{ratios[name]:.2f}", path] for name, path in zip(lost, paths)])
+    wrong = {
+        name: row.get("failed") or "; ".join(row["disagrees"].values())
+        for part in ("layers", "attention")
+        for name, row in parts.get(part, {"rows": {}})["rows"].items()
+        if "failed" in row or row.get("disagrees")
+    }
+    if wrong:
+        yield table(["failed or different", "what"], [[f"`{name}`", what] for name, what in wrong.items()])
+
+
+def latency_table(parts: Row) -> Iterator[str]:
+    """Latencies and rates, beside what they had been taken to be."""
+    if "latencies" not in parts:
+        return
+    rows = []
+    for name, row in parts["latencies"]["rows"].items():
+        low, high = ESTIMATES.get(name, (None, None))
+        estimate = "" if low is None else f"{low}" if low == high else f"{low}-{high}"
+        value = f"{row['value']:.4g} {row['unit']}" if "value" in row else row["skipped"]
+        spread = f"{row['low']:.4g}-{row['high']:.4g}" if "value" in row else ""
+        rows.append([name, value, spread, estimate])
+    yield "## Latencies and rates"
+    yield table(["", "measured", "quartiles", "assumed before, ns"], rows)
+
+
+def attention_table(parts: Row) -> Iterator[str]:
+    """Attention against every peer."""
+    rows = parts.get("attention", {"rows": {}})["rows"]
+    rows = {name: row for name, row in rows.items() if row.get("seconds")}
+    if not rows:
+        return
+    yield "## Attention"
+    names = list(dict.fromkeys(who for row in rows.values() for who in row["seconds"]))
+    cells = [[f"`{name}`", *(milliseconds(row["seconds"].get(who)) for who in names)] for name, row in rows.items()]
+    yield table(["", *(f"{who}, ms" for who in names)], cells)
+    reasons = sorted({f"{who}: {why}" for row in rows.values() for who, why in row["refused"].items()})
+    if reasons:
+        yield "Left out: " + "; ".join(reasons) + "."
+
+
+def check_table(parts: Row) -> Iterator[str]:
+    """What the tests and compute-sanitizer said."""
+    rows = []
+    for name, row in parts.get("tests", {"rows": {}})["rows"].items():
+        counts = ", ".join(f"{number} {outcome}" for outcome, number in row["counts"].items())
+        rows.append([name, counts or f"exit status {row['status']}", ", ".join(row["failed"][:5])])
+    for name, row in parts.get("sanitize", {"rows": {}})["rows"].items():
+        found = "did not end" if row["errors"] is None else f"{row['errors']} errors"
+        rows.append([f"compute-sanitizer {name}", found, "; ".join(row["first"])])
+    if rows:
+        yield "## Checks"
+        yield table(["", "", "first"], rows)
+
+
+def describe(content: Row) -> str:
+    """The GPU, and the circumstances of the last run of each part."""
+    machine = content["machine"]
+    lines = [
+        f"{machine['gpu']}, capability {machine['capability']}, {machine['multiprocessors']} multiprocessors, "
+        f"{machine['memory_gib']} GiB, {machine['l2_mib']:.0f} MiB of L2 cache."
+    ]
+    for name, part in content["parts"].items():
+        run = part["runs"][-1]
+        software, states = run["software"], [run["state_before"], *run.get("states", []), run.get("state_after")]
+        clocks = [state["clocks.sm"] for state in states if state and "clocks.sm" in state]
+        heat = [state["temperature.gpu"] for state in states if state and "temperature.gpu" in state]
+        around = f"; SM clock {min(clocks, key=float)} to {max(clocks, key=float)} MHz" if clocks else ""
+        around += f", {min(heat, key=float)} to {max(heat, key=float)} degrees Celsius" if heat else ""
+        lines.append(
+            f"- {name}: {len(part['rows'])} rows, {run['date']}, rnnkern {software['commit'] or run['source']}, torch "
+            f"{software['torch']}, cuDNN {software['cudnn']}, driver {software['driver']}{around}"
+        )
+    return "\n".join(lines)
+
+
+def markdown(content: Row) -> str:
+    """The whole summary."""
+    parts = content["parts"]
+    found = [f"# {content['machine']['gpu']}", describe(content), *check_table(parts), *latency_table(parts)]
+    if measured(parts.get("layers")):
+        found += ["## Recurrent layers", NOTE, *worst(parts), *layer_tables(parts)]
+    return "\n\n".join([*found, *attention_table(parts)]) + "\n"
+
+
+def draw(content: Row, file: Path) -> bool:
+    """Plots every layer's ratio to cuDNN over H, a panel for each cell and mode; whether there was anything to plot."""
+    rows = [row for row in measured(content["parts"].get("layers")).values() if TORCH in row["ratio"]]
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plots: matplotlib is not installed")
+        return False
+    if not rows:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cells = list(dict.fromkeys(row["case"]["cell"] for row in rows))
+    figures, panels = plt.subplots(len(cells), len(MODES), figsize=(12, 3.2 * len(cells)), squeeze=False)
+    dtypes = list(dict.fromkeys(row["case"]["dtype"] for row in rows))
+    markers = dict(zip(SHAPES, "os^"))
+    for line, cell in zip(panels, cells):
+        for axes, (mode, words) in zip(line, MODES.items()):
+            for row in rows:
+                case = row["case"]
+                if (case["cell"], case["mode"]) == (cell, mode):
+                    colour = f"C{dtypes.index(case['dtype'])}"
+                    axes.scatter(case["H"], row["ratio"][TORCH], s=14, color=colour, marker=markers[case["shape"]])
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.axhline(1, color="black", linewidth=1)
+            axes.set_title(f"{cell}, {words}", fontsize=9)
+            axes.set_ylabel(f"x {TORCH}", fontsize=8)
+            axes.set_xlabel("H", fontsize=8)
+    first = panels[0][0]
+    for number, dtype in enumerate(dtypes):
+        first.scatter([], [], color=f"C{number}", s=14, label=dtype)
+    for shape, marker in markers.items():
+        first.scatter([], [], color="grey", marker=marker, s=14, label=SHAPES[shape])
+    first.legend(fontsize=7)
+    figures.suptitle(content["machine"]["gpu"], fontsize=10)
+    figures.tight_layout()
+    figures.savefig(file, dpi=110)
+    plt.close(figures)
+    return True
+
+
+def write(folder: Path) -> None:
+    """Writes gpu.md and gpu_speedup.png beside the results of a folder."""
+    content = json.loads((folder / NAME).read_text())
+    text = markdown(content)
+    (folder / "gpu.md").write_text(text)
+    draw(content, folder / "gpu_speedup.png")
+    print("\n".join(text.split("\n## Recurrent layers")[0].splitlines()[-80:]))
+    print(*worst(content["parts"]), sep="\n")
+    print(f"written to {folder}")
