@@ -137,7 +137,7 @@ class Layer:
         options = {"nonlinearity": "relu"} if self.cell == "rnn_relu" else {}
         bias = self.weights[2] is not None
         module = getattr(torch.nn, mode)(
-            self.x.shape[2], H, bias=bias, bidirectional=D == 2, dtype=self.x.dtype, **options
+            self.x.shape[2], H, bias=bias, bidirectional=D == 2, dtype=self.x.dtype, device=self.x.device, **options
         )
         with torch.no_grad():
             for parameter, value in zip(module._flat_weights, [w for w in self.weights if w is not None], strict=True):
