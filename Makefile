@@ -23,12 +23,12 @@ torch := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(TORCH))
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check install --quiet
 sources := setup.py CMakeLists.txt $(shell find csrc -type f)
-cpp := $(shell find csrc rnnkern/_bench -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+cpp := $(shell find csrc rnnkern/_bench benchmarks/gpu -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 # Two `make` at a time take turns in everything that writes to the environment or to build/.
 alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-directory
 comma := ,
 
-.PHONY: help demo test fuzz programs bench sweep streaming build lint format ctest asan tsan sanitize cuda-check tools check clean distclean FORCE
+.PHONY: help demo test fuzz programs bench sweep streaming gpu-report build lint format ctest asan tsan sanitize cuda-check tools check clean distclean FORCE
 help:
 	@echo 'make demo       train, test and show the grapheme-to-phoneme example on our kernels'
 	@echo 'make test       run every Python test'
@@ -36,6 +36,7 @@ help:
 	@echo 'make programs   install programs of others, and test that they run as before, and how much faster'
 	@echo 'make bench      measure against torch.nn and others, write benchmarks/results/ (ARGS=--smoke: a few rows)'
 	@echo 'make sweep      random shapes against torch.nn; make streaming measures calls of one step'
+	@echo 'make gpu-report build, test and measure on a GPU, with the $(PYTHON) and the packages at hand (ARGS="--part layers")'
 	@echo 'make build      make the environment ($(VENV)) and build the extension into it'
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what they can'
 	@echo 'make ctest      the C++ tests; make sanitize runs them under TSan, and with Python tests under ASan + UBSan'
@@ -60,6 +61,10 @@ bench: build
 
 sweep streaming: build
 	@$(python) -m benchmarks.$@ $(ARGS)
+
+# Where a GPU is, its Python has a torch of its own: nothing is installed, and the extension is built into the tree.
+gpu-report:
+	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 build:
 	$(alone) $(VENV)/.stamp-build

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ pytestmark = [
 ]
 
 ENGINE_NAMES = ("automatic", *ENGINES)
+REFUSAL = "cannot run"  # this GPU is too small for it, or it does not have the dtype
 SIZES = [(1, 1, 1, 1, 1), (7, 3, 10, 17, 2), (5, 9, 16, 128, 2), (12, 33, 20, 100, 1)]  # T, B, I, H, D
 WAIT_CYCLES = 500_000_000  # a quarter of a second
 
@@ -61,13 +63,27 @@ def on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in values.items()}
 
 
-def run(layer: Layer, engine: str, device: str = "cuda") -> dict[str, Tensor]:
-    """Outputs and gradients by an engine, on the CPU; skips what the engine says that it cannot run."""
-    moved = on_device(layer, device)
+@contextmanager
+def skip_refused(engine: str) -> Iterator[None]:
+    """Skips what an engine that was asked for by name says that it cannot run."""
     try:
-        return on_cpu(moved.run("cuda", engine=None if engine == "automatic" else engine))
-    except rnnkern.BackendUnavailable as refusal:
+        yield
+    except RuntimeError as refusal:
+        if engine == "automatic" or REFUSAL not in str(refusal):
+            raise
         pytest.skip(str(refusal))
+
+
+def forced(engine: str) -> dict[str, Any]:
+    return {"engine": None if engine == "automatic" else engine}
+
+
+def run(layer: Layer, engine: str, device: str = "cuda") -> dict[str, Tensor]:
+    """Outputs and gradients by an engine, on the CPU."""
+    moved = on_device(layer, device)
+    with skip_refused(engine):
+        return on_cpu(moved.run("cuda", **forced(engine)))
+    raise AssertionError
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
@@ -134,11 +150,8 @@ def test_packed_modules(cell: str, engine: str) -> None:
     lengths = torch.tensor([3, 9, 1, 7])
     x = torch.randn(9, 4, 12, device="cuda")
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-    try:
-        with rnnkern.backend("cuda", engine=None if engine == "automatic" else engine):
-            found = ours(packed)[0].data
-    except rnnkern.BackendUnavailable as refusal:
-        pytest.skip(str(refusal))
+    with skip_refused(engine), rnnkern.backend("cuda", **forced(engine)):
+        found = ours(packed)[0].data
     torch.testing.assert_close(found, theirs(packed)[0].data, rtol=1e-4, atol=1e-5)
 
 
@@ -147,12 +160,10 @@ def forward(engine: str) -> tuple[Any, Tensor]:
     layer = on_device(make_layer("lstm", 6, 5, 12, 64, D=2))
 
     def infer() -> dict[str, Tensor]:
-        return layer.infer("cuda", engine=None if engine == "automatic" else engine)
+        return layer.infer("cuda", **forced(engine))
 
-    try:
+    with skip_refused(engine):
         infer()
-    except rnnkern.BackendUnavailable as refusal:
-        pytest.skip(str(refusal))
     return infer, layer.x
 
 
@@ -196,8 +207,9 @@ def test_the_current_stream_is_used(engine: str) -> None:
 def test_nothing_waits_for_the_gpu(engine: str, training: bool) -> None:
     infer, _ = forward(engine)
     layer = on_device(make_layer("gru", 6, 5, 12, 64, D=2))
-    work = (lambda: layer.run("cuda", engine=None if engine == "automatic" else engine)) if training else infer
-    work()
+    work = (lambda: layer.run("cuda", **forced(engine))) if training else infer
+    with skip_refused(engine):
+        work()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ class DeviceClock:
         facts = torch.cuda.get_device_properties(0)
         self._cache = torch.empty(2 * facts.L2_cache_size, dtype=torch.int8, device=DEVICE)
         self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self.launching: dict[Callable[[], object], float] = {}  # seconds on the host, of each function's last call
+        # Seconds on the host of each function's last call; a function holds its row's tensors, and this does not.
+        self.launching: MutableMapping[Callable[[], object], float] = weakref.WeakKeyDictionary()
         matrix = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
         begin = time.perf_counter()
         while time.perf_counter() - begin < WARM_UP_SECONDS:  # clocks rise

@@ -72,6 +72,15 @@ def choice(function: Function) -> str:
     return "; ".join(map(str, rnnkern.explain(function).layers))
 
 
+def plans(row: LayerCase) -> dict[str, str]:
+    """The engine that each pass of the last layer takes by itself, and how it divides the work."""
+    case, D = row.case, 2 if row.case.bidirectional else 1
+    x = torch.empty(1, case.B, case.H * D if case.layers > 1 else case.I, dtype=case.dtype, device=DEVICE)
+    h0 = x.new_empty(D, case.B, case.H)
+    plan = torch.ops.rnnkern.cuda_plan
+    return {name: plan(case.cell, x, h0, "", row.tf32, name == "backward") for name in ("forward", "backward")}
+
+
 def disagreements(row: LayerCase, functions: dict[str, Function]) -> dict[str, str]:
     """Whose results are not cuDNN's, and by how much."""
     found = {}
@@ -94,7 +103,7 @@ def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any
         result: dict[str, Any] = {"case": row.facts(), "refused": refused}
         if OURS not in functions:
             return result
-        result["choice"] = choice(functions[OURS])
+        result |= {"choice": choice(functions[OURS]), "plans": plans(row)}
         result["disagrees"] = disagreements(row, functions)
         result["peak_mib"] = {name: peak_mib(function) for name, function in functions.items() if name != PROJECTION}
         waited = [name for name in (OURS, TORCH) if name in functions]
@@ -109,7 +118,6 @@ def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any
         "ratio_quartiles": {peer: times.ratio_range(peer, OURS) for peer in (TORCH,) if peer in functions},
         "rounds": len(times.samples[OURS]),
     }
-    clock.launching.clear()  # functions hold a row's tensors
     return result
 
 

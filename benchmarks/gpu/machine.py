@@ -90,7 +90,7 @@ def query_nvidia_smi(*fields: str) -> dict[str, str] | None:
 
 def state() -> dict[str, str] | None:
     """Clocks in MHz, temperature in degrees Celsius, power in W, now."""
-    return query_nvidia_smi(*STATE)
+    return query_nvidia_smi(*STATE) or query_nvidia_smi(*STATE[:3])  # older ones do not know the last by this name
 
 
 def head() -> dict[str, Any]:

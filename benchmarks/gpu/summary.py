@@ -116,13 +116,13 @@ def worst(parts: Row) -> Iterator[str]:
         paths = [cudnn_path(kernels.get(name), rows[name]["case"]["T"]) for name in lost[:WORST]]
         yield table(head, [[f"`{name}`", f"{ratios[name]:.2f}", path] for name, path in zip(lost, paths)])
     wrong = {
-        name: row.get("failed") or "; ".join(row["disagrees"].values())
+        name: row.get("failed") or row["refused"].get(OURS) or "; ".join(row["disagrees"].values())
         for part in ("layers", "attention")
         for name, row in parts.get(part, {"rows": {}})["rows"].items()
-        if "failed" in row or row.get("disagrees")
+        if "failed" in row or row.get("disagrees") or (part == "layers" and OURS in row["refused"])
     }
     if wrong:
-        yield table(["failed or different", "what"], [[f"`{name}`", what] for name, what in wrong.items()])
+        yield table(["failed, refused or different", "what"], [[f"`{name}`", what] for name, what in wrong.items()])
 
 
 def latency_table(parts: Row) -> Iterator[str]:
