@@ -234,7 +234,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Results:
         "max_memory_allocated": 3 << 20,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(layers, "plans", lambda row: {})
+    monkeypatch.setattr(layers, "backward_plan", lambda row: "grid")
     facts = {"gpu": "Some GPU", "capability": "9.0", "multiprocessors": 1, "memory_gib": 1, "l2_mib": 1.0}
     monkeypatch.setattr(results, "identity", lambda: facts)
     return Results.of_this_gpu(tmp_path)

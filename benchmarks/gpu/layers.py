@@ -11,7 +11,7 @@ from benchmarks.gpu.device import DEVICE, DeviceClock, call_seconds, float32_pro
 from benchmarks.peers import TOLERANCES, PeerDisagrees, check_agreement
 from rnnkern._bench.cases import OURS, TORCH, modules, runner
 from rnnkern._bench.timing import compare
-from rnnkern.ops._dispatch import ENGINES
+from rnnkern.ops._dispatch import ENGINES, cuda_plan
 
 EAGER, PROJECTION = "eager", "projection"
 EAGER_ROUNDS, EAGER_UP_TO_STEPS = 3, 100
@@ -72,13 +72,11 @@ def choice(function: Function) -> str:
     return "; ".join(map(str, rnnkern.explain(function).layers))
 
 
-def plans(row: LayerCase) -> dict[str, str]:
-    """The engine that each pass of the last layer takes by itself, and how it divides the work."""
+def backward_plan(row: LayerCase) -> str:
+    """The engine that the backward of the last layer takes by itself; `choice` tells that of the forward."""
     case, D = row.case, 2 if row.case.bidirectional else 1
     x = torch.empty(1, case.B, case.H * D if case.layers > 1 else case.I, dtype=case.dtype, device=DEVICE)
-    h0 = x.new_empty(D, case.B, case.H)
-    plan = torch.ops.rnnkern.cuda_plan
-    return {name: plan(case.cell, x, h0, "", row.tf32, name == "backward") for name in ("forward", "backward")}
+    return cuda_plan(case.cell, x, x.new_empty(D, case.B, case.H), backward=True)
 
 
 def disagreements(row: LayerCase, functions: dict[str, Function]) -> dict[str, str]:
@@ -103,7 +101,9 @@ def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any
         result: dict[str, Any] = {"case": row.facts(), "refused": refused}
         if OURS not in functions:
             return result
-        result |= {"choice": choice(functions[OURS]), "plans": plans(row)}
+        result["choice"] = choice(functions[OURS])
+        if row.case.training:
+            result["backward"] = backward_plan(row)
         result["disagrees"] = disagreements(row, functions)
         result["peak_mib"] = {name: peak_mib(function) for name, function in functions.items() if name != PROJECTION}
         waited = [name for name in (OURS, TORCH) if name in functions]
