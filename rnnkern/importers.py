@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
-from rnnkern.ops._dispatch import CPU_DTYPES
+from rnnkern.ops._dispatch import KERNEL_DTYPES
 from rnnkern.ops.packs import NAMES
 
 __all__ = ["from_flax", "from_keras"]
@@ -193,7 +193,7 @@ def _tensor(name: str, array: Any) -> Tensor:
     if hasattr(array, "numpy") and not isinstance(array, Tensor):
         array = array.numpy()  # a variable of Keras
     if isinstance(array, Tensor):
-        if array.dtype in CPU_DTYPES:
+        if array.dtype in KERNEL_DTYPES:
             return array.detach().cpu().clone()
         held = str(array.dtype)
     else:

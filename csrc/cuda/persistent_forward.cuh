@@ -82,7 +82,7 @@ class ForwardPass {
       if (f.saved) {
         RNNKERN_UNROLLED
         for (int j = 0; j < Cell::kSaved; ++j)
-          store_streaming(f.saved + (at * Cell::kSaved + j) * H + item.unit, from_float<S>(saved_[i][j]));
+          store_streaming(f.saved + (at * Cell::kSaved + j) * H + item.unit, saved_[i][j]);
       }
       if constexpr (kCell) {
         if (f.saved) store_streaming(f.c_before + out, c_[i]);
@@ -144,7 +144,7 @@ class ForwardPass {
     y_[i] = from_float<S>(next[0].value);
     h_[i] = fresh_[i] ? from_float<S>(0.0f) : y_[i];
     RNNKERN_UNROLLED
-    for (int j = 0; j < Cell::kSaved; ++j) saved_[i][j] = saved[j].value;
+    for (int j = 0; j < Cell::kSaved; ++j) saved_[i][j] = from_float<S>(saved[j].value);
     if constexpr (kCell) c_after_[i] = next[1].value;
   }
 
@@ -156,7 +156,8 @@ class ForwardPass {
   float c_[kItems];              // likewise
   S gx_[kItems][G], y_[kItems];  // of the step
   bool fresh_[kItems];           // the step after it starts an episode
-  float saved_[kItems][Cell::kSaved], c_after_[kItems];
+  S saved_[kItems][Cell::kSaved];
+  float c_after_[kItems];
 };
 
 }  // namespace rnnkern::cuda

@@ -67,10 +67,10 @@ def _register(counter: ModuleType) -> None:
     if ops.layer in counter.flop_registry:  # rnnkern was reloaded
         return
     for operators, formula in (
-        ([ops.layer, ops.layer_inference, ops.layer_int8], _layer),
-        ([ops.layer_backward], _layer_backward),
-        ([ops.attention, ops.attention_inference], _attention),
-        ([ops.attention_backward], _attention_backward),
+        ([ops.layer, ops.layer_inference, ops.layer_int8, ops.cuda_layer, ops.cuda_layer_inference], _layer),
+        ([ops.layer_backward, ops.cuda_layer_backward], _layer_backward),
+        ([ops.attention, ops.attention_inference, ops.cuda_attention, ops.cuda_attention_inference], _attention),
+        ([ops.attention_backward, ops.cuda_attention_backward], _attention_backward),
     ):
         counter.register_flop_formula(operators)(formula)
 
