@@ -86,8 +86,7 @@ def info() -> None:
         rows["isa"] = f"{extension.get_isa()} (supported: {', '.join(extension.supported_isas())}; set RNNKERN_CPU_ISA)"
         rows["build"] = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
     for name in _dispatch.BACKENDS:
-        device = "cuda" if name == "cuda" else "cpu"
-        why = _dispatch.refusal(name, "lstm", device, torch.float32, 1, missing=_library.missing)
+        why = _dispatch.absence(name)
         rows[f"backend {name}"] = f"no: {why}" if why else "yes"
     width = max(map(len, rows))
     for name, value in rows.items():

@@ -33,12 +33,21 @@ def _missing_cuda() -> str:
     if not available:
         return reason
     has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("rnnkern::cuda_layer", "CUDA")
-    return "" if has_kernels else "this build has no CUDA kernels: nvcc was not found"
+    return "" if has_kernels else "this build has no CUDA kernels: nvcc was not found, or not wanted"
 
 
 # Why the kernels of a backend are not here, "" if they are.
 missing = {"cpu": reason, "cuda": _missing_cuda(), "cuda-emulated": "the emulated kernels are not loaded"}
 _warned = False
+
+
+def missing_on(device: torch.device) -> dict[str, str]:
+    """`missing`, for tensors on a device."""
+    if device.type == "cuda" and not missing["cuda"] and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return {**missing, "cuda": f"the CUDA kernels need compute capability 8.0, {device} has {major}.{minor}"}
+    return missing
 
 
 def load_emulated() -> None:

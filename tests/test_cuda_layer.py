@@ -153,6 +153,18 @@ def test_explain_tells_the_engine() -> None:
         assert note.engine.startswith(engine)
         assert str(note).endswith(note.engine)
         assert (engine == "stepwise") == ("bytes of shared memory" not in note.engine)
+        assert f"; backward: {engine}" in note.engine
+    cell = rnnkern.nn.GRUCell(3, 40)
+    with rnnkern.backend(EMULATED), torch.no_grad():
+        assert rnnkern.explain(cell, torch.zeros(2, 3)).layers[0].engine == "one launch"
+
+
+def test_lengths_come_with_the_launch() -> None:
+    """More rows than one launch carries."""
+    layer = make_layer("rnn_tanh", 3, 1000, 2, 3, lengths=torch.randint(0, 4, (1000,)))
+    expected, actual = layer.infer("eager"), layer.infer(EMULATED, engine="stepwise")
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 MODULES = [
     found.name
     for found in pkgutil.walk_packages(rnnkern.__path__, "rnnkern.")
-    if found.name.rpartition(".")[2] not in ("_C", "librnnkern", "__main__")  # compiled, or a program
+    if found.name.rpartition(".")[2]
+    not in ("_C", "librnnkern", "librnnkern_emulated", "__main__")  # compiled, or a program
 ]
 EXAMPLES = [page for page in PAGES if "```python" in page.read_text()]
 

@@ -86,19 +86,27 @@ RNNKERN_DEVICE void store_streaming(T* address, T value) {
   else
     __stcs(reinterpret_cast<uint4*>(address), *reinterpret_cast<uint4*>(&value));
 }
-// Past the L1 cache, which does not know what other blocks write.
+// Past the L1 cache, which does not know what other blocks write. Volatile: each call reads anew.
 template <class T>
 RNNKERN_DEVICE T load_l2(const T* address) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "");
   T value;
-  if constexpr (sizeof(T) == 2)
-    *reinterpret_cast<unsigned short*>(&value) = __ldcg(reinterpret_cast<const unsigned short*>(address));
-  else if constexpr (sizeof(T) == 4)
-    *reinterpret_cast<unsigned*>(&value) = __ldcg(reinterpret_cast<const unsigned*>(address));
-  else if constexpr (sizeof(T) == 8)
-    *reinterpret_cast<uint2*>(&value) = __ldcg(reinterpret_cast<const uint2*>(address));
-  else
-    *reinterpret_cast<uint4*>(&value) = __ldcg(reinterpret_cast<const uint4*>(address));
+  if constexpr (sizeof(T) == 2) {
+    unsigned short& to = *reinterpret_cast<unsigned short*>(&value);
+    asm volatile("ld.global.cg.u16 %0, [%1];" : "=h"(to) : "l"(address) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    unsigned& to = *reinterpret_cast<unsigned*>(&value);
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(to) : "l"(address) : "memory");
+  } else if constexpr (sizeof(T) == 8) {
+    uint2& to = *reinterpret_cast<uint2*>(&value);
+    asm volatile("ld.global.cg.v2.u32 {%0, %1}, [%2];" : "=r"(to.x), "=r"(to.y) : "l"(address) : "memory");
+  } else {
+    uint4& to = *reinterpret_cast<uint4*>(&value);
+    asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to.x), "=r"(to.y), "=r"(to.z), "=r"(to.w)
+                 : "l"(address)
+                 : "memory");
+  }
   return value;
 }
 
@@ -126,8 +134,14 @@ RNNKERN_DEVICE void sync_block() { __syncthreads(); }
 RNNKERN_DEVICE void sync_named(int barrier, int threads) {  // barrier 1 to 15, whole warps
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-RNNKERN_DEVICE void arrive_cluster() { RNNKERN_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory"); }
-RNNKERN_DEVICE void wait_cluster() { RNNKERN_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory"); }
+RNNKERN_DEVICE void arrive_cluster() {
+  __syncwarp();  // `aligned` asks for the whole warp together
+  RNNKERN_CLUSTER_ASM("barrier.cluster.arrive.release.aligned;" :: : "memory");
+}
+RNNKERN_DEVICE void wait_cluster() {
+  __syncwarp();
+  RNNKERN_CLUSTER_ASM("barrier.cluster.wait.acquire.aligned;" :: : "memory");
+}
 RNNKERN_DEVICE void sync_cluster() {
   arrive_cluster();
   wait_cluster();
@@ -200,13 +214,14 @@ RNNKERN_DEVICE float tanh_exact(float x) { return tanhf(x); }
 template <class T>
 RNNKERN_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   if constexpr (std::is_same_v<T, Bf16>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 // The nearest tf32, as a float whose last 13 bits are zero.
 RNNKERN_DEVICE uint32_t round_tf32(float value) {
@@ -218,9 +233,9 @@ RNNKERN_DEVICE uint32_t round_tf32(float value) {
 //   a: rows group, group + 8 (a[0], a[1]) of column pair; a[2], a[3] the same of column pair + 4
 //   b: rows pair (b[0]), pair + 4 (b[1]) of column group;  d: as above
 RNNKERN_DEVICE void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // Four 8 x 8 matrices of 16-bit elements in shared memory: lane l names row l % 8 of matrix l / 8, 16 aligned bytes. Of

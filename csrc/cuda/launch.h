@@ -3,8 +3,11 @@
 
 #include <cstddef>
 #include <cstring>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #ifdef RNNKERN_EMULATED
 #include "emulator/emulator.h"
@@ -93,14 +96,24 @@ inline DeviceFacts device_facts() {
           size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)), capability >= 90 ? 16 : 1};
 }
 
+// Lets the kernel have all the shared memory, and the clusters, that the device has: once, since the attributes are the
+// kernel's and not the launch's, and other threads may launch it at the same time.
 template <class Arguments>
-void prepare(const char* name, void (*kernel)(Arguments), const LaunchShape& shape) {
-  if (shape.shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)),
-          "cannot launch " + describe(name, shape));
-  if (shape.cluster > 8)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-          "cannot launch " + describe(name, shape));
+void prepare(void (*kernel)(Arguments)) {
+  static std::mutex mutex;
+  static std::set<std::pair<void (*)(Arguments), int> > prepared;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::pair<void (*)(Arguments), int> key(kernel, current_device());
+  if (prepared.count(key)) return;
+  const DeviceFacts facts = device_facts();
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "a kernel's attributes");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             int(facts.shared_bytes - attributes.sharedSizeBytes)),
+        "a kernel's shared memory");
+  if (facts.largest_cluster > 8)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "a kernel's clusters");
+  prepared.insert(key);
 }
 
 inline cudaLaunchConfig_t configuration(const LaunchShape& shape, cudaLaunchAttribute (&attributes)[2], Stream stream) {
@@ -127,10 +140,11 @@ template <class Arguments>
 void launch(const char* name, void (*kernel)(Arguments), const LaunchShape& shape, const Arguments& arguments,
             Stream stream) {
   if (shape.blocks == 0) return;
-  prepare(name, kernel, shape);
+  prepare(kernel);
   cudaLaunchAttribute attributes[2];
   const cudaLaunchConfig_t config = configuration(shape, attributes, stream);
-  check(cudaLaunchKernelEx(&config, kernel, arguments), "cannot launch " + describe(name, shape));
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments);
+  if (error != cudaSuccess) check(error, "cannot launch " + describe(name, shape));
 }
 
 // Of a thread.
@@ -148,21 +162,20 @@ inline void clear(void* memory, size_t bytes, Stream stream) {
 
 template <class Arguments>
 int resident_blocks(void (*kernel)(Arguments), const LaunchShape& shape) {
-  try {
-    prepare("", kernel, shape);
-  } catch (const std::runtime_error&) {
-    return 0;
-  }
+  prepare(kernel);
   int count = 0;
-  if (shape.cluster > 1) {
-    cudaLaunchAttribute attributes[2];
-    const cudaLaunchConfig_t config = configuration(shape, attributes, nullptr);
-    if (cudaOccupancyMaxActiveClusters(&count, kernel, &config) != cudaSuccess) return cudaGetLastError(), 0;
-    return count * shape.cluster;
+  cudaLaunchAttribute attributes[2];
+  const cudaLaunchConfig_t config = configuration(shape, attributes, nullptr);
+  const cudaError_t error = shape.cluster > 1 ? cudaOccupancyMaxActiveClusters(&count, kernel, &config)
+                                              : cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                                                    &count, kernel, shape.threads, shape.shared_bytes);
+  if (error == cudaErrorInvalidValue || error == cudaErrorInvalidConfiguration ||
+      error == cudaErrorInvalidClusterSize) {
+    cudaGetLastError();
+    return 0;  // such a launch cannot be
   }
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, shape.threads, shape.shared_bytes) != cudaSuccess)
-    return cudaGetLastError(), 0;
-  return count * device_facts().multiprocessors;
+  check(error, "the occupancy of a kernel");
+  return count * (shape.cluster > 1 ? shape.cluster : device_facts().multiprocessors);
 }
 
 #endif

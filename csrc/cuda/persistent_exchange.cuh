@@ -5,7 +5,8 @@
 // wait     until the values that this thread's warp multiplies have come; and until all of the block have arrived
 // operand  16 bytes of k block k of a buffer, at `place` in it
 //
-// The buffer that is sent to was last read before the previous `arrive` of every block, which this one has waited for.
+// The buffer that is sent to was last read before the previous `arrive` of every block. This block's warps together
+// have waited for all of these, and the barrier after the product joins them: without it a warp could send too early.
 #pragma once
 
 #include "cuda/device.h"

@@ -261,6 +261,7 @@ attention_step(RNNKERN_ARGUMENT AttentionStep<S> a) {
     sync_block();
   }
   if (thread_index() == 0 && add_release(all_done, 1) + 1 == unsigned(blocks)) {
+    fence_device();  // clear after what the others read
     for (int i = 0; i < kStepPhases; ++i) store(a.counters + i, 0u);
   }
 }

@@ -2,7 +2,7 @@
 //
 //   begin           h, c <- h0, c0, as the first step reads them
 //   step s          gh = h W_hh^T by torch, then next_step: gates, new state, y
-//   backward        begin_backward, then for s from the last: step_backward, and dh = dgh W_hh by torch; end_backward
+//   backward        for s from the last: step_backward, and dh = dgh W_hh by torch; end_backward
 //
 // A thread owns one unit of one row and direction. Rows past their end keep what they have.
 #pragma once

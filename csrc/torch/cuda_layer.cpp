@@ -2,6 +2,7 @@
 //
 // Compiled twice: for CUDA tensors, and, with emulated kernels, for tensors on the CPU.
 #include "cuda/engine.h"
+#include "cuda/lengths.h"
 #include "torch/gpu.h"
 #include "torch/layer_arguments.h"
 
@@ -34,32 +35,20 @@ struct GpuLayer {
         longest = std::max(longest, in.lengths[b]);
         padded = padded || (!in.packed_rows && in.lengths[b] < in.T);
       }
-      device_lengths = gpu.on_device(*args.lengths);
-      sequence.lengths = static_cast<const int64_t*>(gpu.data(*device_lengths));
+      device_lengths = gpu.empty({in.B}, ScalarType::Long);
+      int64_t* const lengths = static_cast<int64_t*>(gpu.data(*device_lengths));
+      cuda::place_lengths(in.lengths, in.B, lengths, gpu.stream());
+      sequence.lengths = lengths;
+      if (in.packed_rows) {
+        device_offsets = gpu.empty({in.T + 1}, ScalarType::Long);
+        int64_t* const offsets = static_cast<int64_t*>(gpu.data(*device_offsets));
+        cuda::place_offsets(lengths, in.B, in.T, offsets, gpu.stream());
+        sequence.offsets = offsets;
+      }
     } else {
       longest = in.T;
     }
-    if (in.packed_rows) place_packed_rows();
     if (args.resets.has_value()) sequence.resets = static_cast<const uint8_t*>(gpu.data(*args.resets));
-  }
-
-  // First row of each step: as many rows are alive at t as are longer than t.
-  void place_packed_rows() {
-    Tensor offsets = make_empty_int64(in.T + 1);
-    int64_t* const first = static_cast<int64_t*>(offsets.mutable_data_ptr());
-    int64_t row = 0, alive = in.B;
-    for (int64_t t = 0; t <= in.T; ++t) {
-      first[t] = row;
-      while (alive > 0 && in.lengths[alive - 1] <= t) --alive;
-      row += alive;
-    }
-    device_offsets = gpu.on_device(offsets);
-    sequence.offsets = static_cast<const int64_t*>(gpu.data(*device_offsets));
-  }
-
-  static Tensor make_empty_int64(int64_t count) {
-    return torch::stable::empty({count}, ScalarType::Long, std::nullopt,
-                                torch::stable::Device(torch::headeronly::DeviceType::CPU));
   }
 
   cuda::EngineChoice choose(cuda::Pass pass) const {

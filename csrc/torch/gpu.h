@@ -14,12 +14,30 @@
 #include "emulator/emulator.h"
 #define RNNKERN_GPU_KEY CPU
 #else
+#include <dlfcn.h>
 #define RNNKERN_GPU_KEY CUDA
-// In libtorch_cuda: absent where torch has no CUDA, and with it every tensor that could come here.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 namespace rnnkern {
+
+#ifndef RNNKERN_EMULATED
+// torch's function is in libtorch_cuda, which this library cannot name, or it would not load with a torch without CUDA;
+// and which torch opens for itself alone, so that its symbols have to be looked up there.
+inline void* current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    const char* const name = "aoti_torch_get_current_cuda_stream";
+    void* found = dlsym(RTLD_DEFAULT, name);
+    void* const library = found ? nullptr : dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+    if (library) found = dlsym(library, name);
+    return reinterpret_cast<Get>(found);
+  }();
+  STD_TORCH_CHECK(get != nullptr, "rnnkern: torch's libtorch_cuda.so is not loaded, or has no stream to give");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+#endif
 
 // While it exists, tensors may be handed to kernels, launched on the current stream of x's device.
 class Gpu {
@@ -28,9 +46,8 @@ class Gpu {
   explicit Gpu(const Tensor& x) : like_(x) {}
   void* stream() const { return nullptr; }
 #else
-  explicit Gpu(const Tensor& x) : like_(x), guard_(x.get_device_index()) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream_));
-  }
+  explicit Gpu(const Tensor& x)
+      : like_(x), guard_(x.get_device_index()), stream_(current_stream(x.get_device_index())) {}
   void* stream() const { return stream_; }
 #endif
 
@@ -51,6 +68,7 @@ class Gpu {
 
   // A tensor's address, for kernels; null for none.
   void* data(const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.device() == like_.device(), "rnnkern: all tensors of a GPU operator must be on one device");
 #ifdef RNNKERN_EMULATED
     int64_t span = tensor.numel() > 0;  // elements from the first to the last
     for (int64_t d = 0; span > 0 && d < tensor.dim(); ++d) span += (tensor.size(d) - 1) * tensor.stride(d);
@@ -73,7 +91,7 @@ class Gpu {
   emulator::GlobalMemory memory_;
 #else
   torch::stable::accelerator::DeviceGuard guard_;
-  void* stream_ = nullptr;
+  void* const stream_;
 #endif
 };
 

@@ -37,8 +37,9 @@ struct LayerArguments {
     in.lengths = static_cast<const int64_t*>(data_or_null(lengths));
     in.resets = static_cast<const uint8_t*>(data_or_null(resets));
     STD_TORCH_CHECK(in.H > 0, "rnnkern::layer: the hidden size must be greater than zero");
-    STD_TORCH_CHECK(!lengths.has_value() || (lengths->numel() == in.B && lengths->scalar_type() == ScalarType::Long),
-                    "rnnkern::layer: lengths must be int64 [B]");
+    STD_TORCH_CHECK(!lengths.has_value() ||
+                        (lengths->numel() == in.B && lengths->scalar_type() == ScalarType::Long && lengths->is_cpu()),
+                    "rnnkern::layer: lengths must be int64 [B] on the CPU");
     in.T = !in.packed_rows ? x.size(0) : in.lengths && in.B > 0 ? in.lengths[0] : 0;
     rows = x.size(0) * (in.packed_rows ? 1 : x.size(1));
     STD_TORCH_CHECK(in.packed_rows || x.size(1) == in.B, "rnnkern::layer: h0 does not fit x and the weights");

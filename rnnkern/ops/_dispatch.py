@@ -114,7 +114,7 @@ def _cached_choice(
     cell: str, device: torch.device, dtype: torch.dtype, T: int, B: int, H: int, projection: bool
 ) -> Choice:
     """`choose` without an override; a short call spends half a microsecond here, not three."""
-    return choose(cell, device.type, dtype, T, B, H, projection=projection, missing=_library.missing)
+    return choose(cell, device.type, dtype, T, B, H, projection=projection, missing=_library.missing_on(device))
 
 
 _thread = threading.local()
@@ -140,6 +140,13 @@ class _Override:
         setattr(_thread, self.name, self.before)
         with _overrides_lock:
             _overrides -= 1
+
+
+def absence(backend: str) -> str:
+    """Why a backend can run nothing here, "" if it can."""
+    device = "cuda" if backend == "cuda" else "cpu"
+    why = refusal(backend, "lstm", device, torch.float32, 1, missing=_library.missing_on(torch.device(device)))
+    return "torch finds no GPU" if not why and device == "cuda" and not torch.cuda.is_available() else why
 
 
 @contextmanager
@@ -170,9 +177,7 @@ def backend(name: str, *, engine: str | None = None) -> Iterator[None]:
         )
     if name == EMULATED:
         _library.load_emulated()
-    why = refusal(name, "lstm", "cuda" if name == "cuda" else "cpu", torch.float32, 1, missing=_library.missing)
-    if not why and name == "cuda" and not torch.cuda.is_available():
-        why = "torch finds no GPU"
+    why = absence(name)
     if why:
         raise BackendUnavailable(f"backend {name!r} cannot run: {why}")
     with _Override("forced", name), _Override("engine", engine):
@@ -204,7 +209,10 @@ def cuda_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool) -> s
         plan: str = torch.ops.rnnkern.cuda_plan(cell, x, h0, forced_engine(), tf32_allowed(), backward)
         return plan
     except RuntimeError as error:
-        raise BackendUnavailable(f"{cell}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        if "cannot run: " not in why:  # what the device said
+            raise
+        raise BackendUnavailable(f"{cell}: {why}") from None
 
 
 def explaining() -> bool:
@@ -224,8 +232,10 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> str:
+def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool, fused: bool = False) -> str:
     """The backend of a call on x [T, B, I] and h0 [D, B, H]: what `choose` says under this thread's override.
+
+    `fused` tells `explain` of a step that is one launch of its own.
 
     Of a PackedSequence's data [N, I] the number of steps is not known here: T is its mean, at least 1.
     """
@@ -248,10 +258,14 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool) -> st
             projection=projection,
             transformed=changed,
             forced=getattr(_thread, "forced", None) if _overrides else None,
-            missing=_library.missing,
+            missing=_library.missing_on(device),
         )
         if explaining():
-            engine = cuda_plan(cell, x, h0, backward=False) if choice.backend in ("cuda", EMULATED) else ""
+            engine = ""
+            if choice.backend in ("cuda", EMULATED):
+                engine = "one launch" if fused else cuda_plan(cell, x, h0, backward=False)
+                if torch.is_grad_enabled() and not fused:
+                    engine += f"; backward: {cuda_plan(cell, x, h0, backward=True)}"
             note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why, engine)
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()
@@ -272,7 +286,7 @@ class LayerNote:
     D: int
     backend: str
     why: str
-    engine: str = ""  # of the CUDA backend, for the forward pass, with what it takes of the GPU
+    engine: str = ""  # of the CUDA backend, with what it takes of the GPU; of both passes where gradients are enabled
 
     def __str__(self) -> str:
         shape = f"T={self.T} B={self.B} I={self.I} H={self.H} D={self.D}"

@@ -85,7 +85,7 @@ def step(
         result = _apply_cell_step(cell, x, h, c, *used)
         return (result, None) if c is None else result
     if not gradients and torch._C._get_tracing_state() is None and cuda.fuses(cell, x, h):
-        _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False)  # for `explain`
+        _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False, fused=True)  # for `explain`
         check_weights(x, weights, cell, h, h)
         next_h, next_c = torch.ops.rnnkern.cuda_cell_step.default(cell, x, h, c, *used)
         return next_h, None if c is None else next_c
@@ -118,7 +118,7 @@ def attention_step(
     inputs = x, h, c, *used, w_query, key, value, vector
     gradients = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
     if not gradients and torch._C._get_tracing_state() is None and cuda.fuses(cell, x, h):
-        chosen = _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False)  # for `explain`
+        chosen = _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False, fused=True)  # for `explain`
         sizes = (x.shape[0], 1, *key.shape[1:], value.shape[2])
         score = "dot" if vector is None else "additive"
         _dispatch.note(_dispatch.AttentionNote, score, str(x.device), str(x.dtype), *sizes, chosen, "")
