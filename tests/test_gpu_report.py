@@ -13,11 +13,12 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import attention, cases, commands, layers, machine, results, summary, sweep, targets
+from benchmarks.gpu import attention, cases, commands, layers, machine, results, small, summary, sweep, targets
 from benchmarks.gpu.results import Results
 from benchmarks.runtimes import PeerUnavailable
 from rnnkern._bench.cases import OURS, TORCH, Case
 from rnnkern._bench.timing import compare
+from tests.helpers import needs_emulator
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 MEMCHECK = """========= COMPUTE-SANITIZER
@@ -378,3 +379,9 @@ def test_latencies_exchange_what_they_should(tmp_path: Path) -> None:
     flags = ["-std=gnu++17", "-O1", "-DRNNKERN_EMULATED", f"-I{ROOT / 'csrc'}", f"-I{folder.parent}"]
     subprocess.run([compiler, *flags, "-o", target, *sources], check=True)
     subprocess.run([target], check=True)
+
+
+@needs_emulator
+def test_what_is_sanitized_runs() -> None:
+    small.run_steps("cuda-emulated", "cpu", torch.bfloat16)
+    small.run_attention("cuda-emulated", "cpu", torch.bfloat16)
