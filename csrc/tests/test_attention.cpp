@@ -11,8 +11,10 @@
 
 #include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "reference_attention.h"
 
 using namespace rnnkern;
+using namespace rnnkern_test;
 
 namespace {
 
@@ -28,7 +30,7 @@ int failures = 0;
     }                                                             \
   } while (0)
 
-const double kNan = std::numeric_limits<double>::quiet_NaN();
+double to_float(double x) { return float(x); }  // the same in float and in double
 
 ParallelFor threads(int count) {
   static int pieces;
@@ -42,110 +44,6 @@ ParallelFor threads(int count) {
             for (std::thread& worker : workers) worker.join();
           },
           count};
-}
-
-double uniform() { return std::rand() / (RAND_MAX + 1.0) * 2 - 1; }
-
-struct Case {
-  Score score;
-  int64_t B, Tq, Tk, D, Dv;
-  double size;  // of the elements of query and key
-  bool lengths, mask;
-};
-
-// All arrays of one problem, in double; what is padding holds NaN.
-struct Problem {
-  Case c;
-  double scale = 0.25;
-  std::vector<double> q, k, v, vector, dcontext, dweights;
-  std::vector<int64_t> lengths;
-  std::vector<uint8_t> mask;
-
-  bool valid(int64_t b, int64_t j) const { return !(c.lengths && j >= lengths[b]) && !(c.mask && mask[b * c.Tk + j]); }
-};
-
-std::vector<double> random(int64_t count, double size) {
-  std::vector<double> x(count);
-  for (double& value : x) value = float(uniform() * size);  // the same in float and in double
-  return x;
-}
-
-Problem make(const Case& c) {
-  Problem p;
-  p.c = c;
-  p.q = random(c.B * c.Tq * c.D, c.size);
-  p.k = random(c.B * c.Tk * c.D, c.size);
-  p.v = random(c.B * c.Tk * c.Dv, 1);
-  p.vector = random(c.D, 1);
-  p.dcontext = random(c.B * c.Tq * c.Dv, 1);
-  p.dweights = random(c.B * c.Tq * c.Tk, 1);
-  for (int64_t b = 0; b < c.B; ++b) p.lengths.push_back((b * 7 + c.Tk / 2) % (c.Tk + 1));
-  for (int64_t i = 0; i < c.B * c.Tk; ++i) p.mask.push_back(i / c.Tk == 1 || uniform() < -0.3);  // row 1: all padding
-  for (int64_t b = 0; b < c.B; ++b) {
-    for (int64_t j = 0; j < c.Tk; ++j) {
-      if (p.valid(b, j)) continue;
-      for (int64_t d = 0; d < c.D; ++d) p.k[(b * c.Tk + j) * c.D + d] = kNan;
-      for (int64_t d = 0; d < c.Dv; ++d) p.v[(b * c.Tk + j) * c.Dv + d] = kNan;
-    }
-  }
-  return p;
-}
-
-struct Results {
-  std::vector<double> context, weights, dq, dk, dv, dvector;
-};
-
-Results reference(const Problem& p) {
-  const Case& c = p.c;
-  Results r{std::vector<double>(c.B * c.Tq * c.Dv), std::vector<double>(c.B * c.Tq * c.Tk),
-            std::vector<double>(c.B * c.Tq * c.D),  std::vector<double>(c.B * c.Tk * c.D),
-            std::vector<double>(c.B * c.Tk * c.Dv), std::vector<double>(c.D)};
-  for (int64_t b = 0; b < c.B; ++b) {
-    for (int64_t i = 0; i < c.Tq; ++i) {
-      const double *q = &p.q[(b * c.Tq + i) * c.D], *dc = p.dcontext.data() + (b * c.Tq + i) * c.Dv;
-      double *w = r.weights.data() + (b * c.Tq + i) * c.Tk, *context = r.context.data() + (b * c.Tq + i) * c.Dv;
-      double *dq = r.dq.data() + (b * c.Tq + i) * c.D, peak = -1e300, sum = 0, delta = 0;
-      std::vector<double> dp(c.Tk);
-      for (int64_t j = 0; j < c.Tk; ++j) {
-        if (!p.valid(b, j)) continue;
-        const double* k = &p.k[(b * c.Tk + j) * c.D];
-        for (int64_t d = 0; d < c.D; ++d) {
-          w[j] += c.score == Score::dot ? p.scale * q[d] * k[d] : p.vector[d] * std::tanh(q[d] + k[d]);
-        }
-        peak = std::max(peak, w[j]);
-      }
-      for (int64_t j = 0; j < c.Tk; ++j) sum += p.valid(b, j) ? std::exp(w[j] - peak) : 0;
-      for (int64_t j = 0; j < c.Tk; ++j) {
-        if (!p.valid(b, j)) continue;
-        const double* v = p.v.data() + (b * c.Tk + j) * c.Dv;
-        w[j] = std::exp(w[j] - peak) / sum;
-        dp[j] = p.dweights[(b * c.Tq + i) * c.Tk + j];
-        for (int64_t d = 0; d < c.Dv; ++d) {
-          context[d] += w[j] * v[d];
-          dp[j] += dc[d] * v[d];
-          r.dv[(b * c.Tk + j) * c.Dv + d] += w[j] * dc[d];
-        }
-        delta += w[j] * dp[j];
-      }
-      for (int64_t j = 0; j < c.Tk; ++j) {
-        if (!p.valid(b, j)) continue;
-        const double ds = w[j] * (dp[j] - delta), *k = &p.k[(b * c.Tk + j) * c.D];
-        double* dk = &r.dk[(b * c.Tk + j) * c.D];
-        for (int64_t d = 0; d < c.D; ++d) {
-          if (c.score == Score::dot) {
-            dq[d] += p.scale * ds * k[d];
-            dk[d] += p.scale * ds * q[d];
-          } else {
-            const double t = std::tanh(q[d] + k[d]), g = ds * p.vector[d] * (1 - t * t);
-            dq[d] += g;
-            dk[d] += g;
-            r.dvector[d] += ds * t;
-          }
-        }
-      }
-    }
-  }
-  return r;
 }
 
 template <class T>
@@ -250,7 +148,7 @@ int main() {
       for (int padding = 0; padding < 3; ++padding) {
         for (double size : {1.0, 100.0}) {
           const double element = score == Score::dot && size > 1 ? 4 : size;
-          const Problem p = make({score, s[0], s[1], s[2], s[3], s[4], element, padding == 1, padding == 2});
+          const Problem p = make({score, s[0], s[1], s[2], s[3], s[4], element, padding == 1, padding == 2}, to_float);
           const Results expected = reference(p);
           check<float>(p, expected, 2e-5);
           check<double>(p, expected, 2e-13);
@@ -259,7 +157,7 @@ int main() {
     }
     for (int64_t D : {1, 16, 17, 33, 48, 100}) {
       for (double size : {1.0, 10.5}) {  // some rows of the latter are beyond float's guard, some are not
-        const Problem p = make({score, 2, 14, D == 33 ? 261 : 50, D, 37, size, false, size > 1});
+        const Problem p = make({score, 2, 14, D == 33 ? 261 : 50, D, 37, size, false, size > 1}, to_float);
         check_alone<float>(p);
         check_alone<double>(p);
       }
