@@ -157,8 +157,8 @@ def known(kind: str, theirs: torch.nn.Module, call: Call, ours: Any, other: Any)
     """Whether the outcomes differ as docs/compatibility.md says: then there is nothing to compare."""
     if call.lengths is not None and kind == "LSTM" and isinstance(ours, Exception):
         return True  # torch checks nothing here: whatever its kernel makes of it
-    unfused = kind == "LSTMCell" or getattr(theirs, "proj_size", 0) > 0
-    if unfused and isinstance(ours, RuntimeError) and "must have the dtype of input" in str(ours):
+    mixed = len({spec.dtype for spec in tree_leaves(call.hx) if isinstance(spec, Spec)}) > 1
+    if mixed and "LSTM" in kind and isinstance(ours, RuntimeError) and "must have the dtype of input" in str(ours):
         return True  # torch mixes dtypes of h and c where nothing multiplies c
     # Flags need not be bool: ours are tested for truth, and torch's constructor takes them, but not its call.
     if isinstance(other, TypeError) and "invalid combination of arguments" in str(other):
