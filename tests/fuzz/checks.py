@@ -226,16 +226,21 @@ def check_keywords(case: KeywordCase) -> None:
             result = guarded(lambda c=call, a=(x, hx), k=keywords: c(*a, **k), arguments, asked, case, backend)
         outcomes.append((result, (arguments, dict(module.named_parameters()))))
     (ours, inputs), (theirs, others) = outcomes
-    outputs, gradients = OUTPUTS, GRADIENTS
+    outputs, gradients = tolerances(case)
     if case.quantized:
         outputs = dict.fromkeys(OUTPUTS, 0.02)
-    elif case.autocast:  # of whatever dtype, they are as accurate as bfloat16
-        outputs, gradients = (dict.fromkeys(table, table[torch.bfloat16]) for table in (OUTPUTS, GRADIENTS))
     low = case.autocast or case.options.get("dtype") in ("bfloat16", "float16")
     kink = case.options.get("nonlinearity") == "relu" and low
     leaves = same_results(ours, theirs, outputs)
     if leaves and same_outcome(*(attempt(lambda l=l: backward(l)) for l in leaves), "backward") and not kink:
         same_gradients(inputs, others, gradients)
+
+
+def tolerances(case: KeywordCase | AttentionCase) -> tuple[dict[torch.dtype, float], dict[torch.dtype, float]]:
+    """Of outputs and of gradients: under autocast, of whatever dtype, they are as accurate as bfloat16."""
+    if not case.autocast:
+        return OUTPUTS, GRADIENTS
+    return dict.fromkeys(OUTPUTS, OUTPUTS[torch.bfloat16]), dict.fromkeys(GRADIENTS, GRADIENTS[torch.bfloat16])
 
 
 def check_attention(case: AttentionCase) -> None:
@@ -246,14 +251,15 @@ def check_attention(case: AttentionCase) -> None:
             result = guarded(function, tensors, [], case, backend)
         outcomes.append((result, inputs))
     (ours, inputs), (theirs, others) = outcomes
-    leaves = same_results(ours, theirs, OUTPUTS)
+    outputs, gradients = tolerances(case)
+    leaves = same_results(ours, theirs, outputs)
     if not leaves:
         return
     step = backward if not case.twice else backward_twice
     extra = [(), ()] if not case.twice else [(inputs,), (others,)]
     results = [attempt(lambda l=l, e=e: step(l, *e)) for l, e in zip(leaves, extra)]
     if same_outcome(*results, "backward") and case.nan in ("", "padding"):
-        same_gradients(inputs, others, GRADIENTS)
+        same_gradients(inputs, others, gradients)
 
 
 def same_results(ours: Any, theirs: Any, tolerance: dict[torch.dtype, float]) -> list[list[Tensor]]:
