@@ -3,9 +3,10 @@
     python csrc/cuda/resources.py BUILD [--update]
 
 BUILD is CMake's folder. Writes a table to build/cuda-resources.md and compares with resources.json beside this file:
-fails where a kernel spills, has a stack frame that it had not, or needs more registers than before, and where a kernel
-comes or goes without `--update`, which writes resources.json anew. With another nvcc than that of resources.json,
-registers may differ. Without nvcc nothing was compiled: says so and succeeds.
+fails where a kernel spills, has a larger stack frame or needs more registers than before, and where a kernel, or one of
+its architectures, comes or goes without `--update`, which writes resources.json anew; and, even then, where objects
+hold different code under one name. With another nvcc than that of resources.json, registers may differ. Without nvcc
+nothing was compiled: says so and succeeds.
 """
 
 import argparse
@@ -20,6 +21,10 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 BASELINE = Path(__file__).with_suffix(".json")
 SLACK = 8  # registers, the unit in which a GPU hands them out
+
+
+class DifferentCode(Exception):
+    """Two objects hold kernels of one name that need different resources."""
 
 
 class Resources(NamedTuple):
@@ -64,21 +69,40 @@ def shorten(mangled: Iterable[str]) -> list[str]:
     return short
 
 
+def merge(logs: Iterable[tuple[str, str]]) -> Kernels:
+    """From the output of `ptxas -v` for each object. Kernels without a cell are in several objects.
+
+    Raises:
+        DifferentCode: two objects differ in what they need for a kernel, or two kernels are shortened to one name.
+    """
+    found: dict[tuple[str, str], tuple[str, Resources]] = {}
+    for name, log in logs:
+        for key, resources in parse(log).items():
+            first, before = found.setdefault(key, (name, resources))
+            if before != resources:
+                raise DifferentCode(f"{key[0]} on {key[1]}: {before} in {first}, {resources} in {name}")
+    names = sorted({mangled for mangled, _ in found})
+    short = dict(zip(names, shorten(names), strict=True))
+    kernels: Kernels = {}
+    for (mangled, arch), (_, resources) in found.items():
+        of = kernels.setdefault(short[mangled], {})
+        if arch in of:
+            raise DifferentCode(f"two kernels are called {short[mangled]}")
+        of[arch] = resources
+    return dict(sorted(kernels.items()))
+
+
 def read(build: Path) -> Kernels:
     """Of the objects that CMake's list of commands names: others may be left from before."""
-    found: dict[tuple[str, str], Resources] = {}
+    logs = []
     for command in json.loads((build / "compile_commands.json").read_text()):
         if not command["file"].endswith(".cu"):
             continue
         log = build / (re.findall(r" -o (\S+)", command["command"])[-1] + ".log")
         if not log.exists():
             sys.exit(f"{log} is missing: build first")
-        for key, resources in parse(log.read_text()).items():
-            found[key] = max(found.get(key, resources), resources)  # kernels without a cell are in every object
-    kernels: Kernels = {}
-    for (_, arch), name, resources in zip(found, shorten(name for name, _ in found), found.values(), strict=True):
-        kernels.setdefault(name, {})[arch] = resources
-    return dict(sorted(kernels.items()))
+        logs.append((command["file"], log.read_text()))
+    return merge(logs)
 
 
 def nvcc_version(build: Path) -> str:
@@ -113,9 +137,11 @@ def regressions(kernels: Kernels, nvcc: str, baseline: dict[str, Any]) -> list[s
     """What must not be, one line each."""
     wrong = []
     before = baseline["kernels"]
-    for name in before:
+    for name, of in before.items():
         if name not in kernels:
             wrong.append(f"{name}: gone")
+        else:
+            wrong += [f"{name} on {arch}: gone" for arch in of if arch not in kernels[name]]
     for name, of in kernels.items():
         for arch, now in of.items():
             where = f"{name} on {arch}"
@@ -125,8 +151,8 @@ def regressions(kernels: Kernels, nvcc: str, baseline: dict[str, Any]) -> list[s
             if then is None:
                 wrong.append(f"{where}: new")
                 continue
-            if now.stack > 0 and then["stack"] == 0:
-                wrong.append(f"{where}: a stack frame of {now.stack} bytes")
+            if now.stack > then["stack"]:
+                wrong.append(f"{where}: a stack frame of {now.stack} bytes, {then['stack']} before")
             if nvcc == baseline["nvcc"] and now.registers > then["registers"] + SLACK:
                 wrong.append(f"{where}: {now.registers} registers, {then['registers']} before")
     return wrong
@@ -138,7 +164,10 @@ def main() -> None:
     parser.add_argument("build", type=Path)
     parser.add_argument("--update", action="store_true", help="write resources.json anew; spills still fail")
     options = parser.parse_args()
-    kernels = read(options.build)
+    try:
+        kernels = read(options.build)
+    except DifferentCode as error:
+        sys.exit(str(error))
     if not kernels:
         print("skipped: no nvcc of version 12.8 or later was found, and no CUDA kernel was compiled")
         return
