@@ -242,9 +242,27 @@ T from_float(float value) {
 }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
-inline float exp2_approx(float x) { return flush(std::exp2(flush(x))); }
-inline float reciprocal_approx(float x) { return flush(1.0f / flush(x)); }
-inline float tanh_exact(float x) { return std::tanh(x); }
+// Off by up to `most` units in the last place, as the GPU's approximations may be by the PTX ISA: by how much of that,
+// up or down, the argument's bits decide.
+inline float inexact(double exact, float argument, int most) {
+  const double unit = std::ldexp(1.0, std::ilogb(exact) - 23);
+  const double part = double(bits_of(argument) * 0x9E3779B1u) * 0x1p-31 - 1;  // in [-1, 1)
+  float value = float(exact + part * most * unit);
+  while (std::fabs(double(value) - exact) > most * unit) value = std::nextafter(value, float(exact));
+  return value;
+}
+inline float exp2_approx(float x) {
+  x = flush(x);
+  const double exact = std::exp2(double(x));
+  if (x == 0.0f || std::isnan(x) || exact >= 0x1p128 || exact < 0x1p-126) return flush(float(exact));
+  return flush(inexact(exact, x, 2));
+}
+inline float reciprocal_approx(float x) {
+  x = flush(x);
+  const double exact = 1.0 / double(x);
+  if (std::isnan(x) || !(std::fabs(exact) < 0x1p128) || std::fabs(exact) < 0x1p-126) return flush(float(exact));
+  return flush(inexact(exact, x, 1));
+}
 
 // A lane's operands as floats, and its part of d. The last lane to come multiplies for all.
 template <int kHalf>  // values that a lane holds of a row of a

@@ -318,9 +318,34 @@ void test_conversions(int mantissa) {
 }
 
 void test_functions() {
-  CHECK(exp2_approx(3.0f) == 8.0f && reciprocal_approx(4.0f) == 0.25f && tanh_exact(0.0f) == 0.0f);
+  CHECK(exp2_approx(0.0f) == 1.0f && exp2_approx(-0x1p-140f) == 1.0f && exp2_approx(-HUGE_VALF) == 0.0f);
+  CHECK(std::isinf(exp2_approx(HUGE_VALF)) && std::isinf(exp2_approx(128.0f)) &&
+        std::isnan(exp2_approx(std::nanf(""))));
+  CHECK(std::isinf(reciprocal_approx(0.0f)) && reciprocal_approx(-HUGE_VALF) == 0.0f &&
+        std::isnan(reciprocal_approx(std::nanf(""))));
   CHECK(exp2_approx(-140.0f) == 0.0f && std::isinf(reciprocal_approx(0x1p-140f)), "numbers below the normal are zero");
   CHECK(multiply_add(0x1.001p0f, 0x1.001p0f, -1.0f) == 0x1.0008p-11f, "rounds once");
+}
+
+// As far off as the GPU may be, never further, and always by the same.
+void test_approximations_are_inexact() {
+  const auto check = [](const char* name, float (*function)(float), double (*exact)(double), double most, float scale) {
+    double worst = 0, sum = 0;
+    constexpr int kCount = 100000;
+    for (int i = 0; i < kCount; ++i) {
+      const float x = (float(i) + 0.5f) * scale / kCount - 0.3f * scale, value = function(x);
+      const double error = (double(value) - exact(double(x))) / std::ldexp(1.0, std::ilogb(exact(double(x))) - 23);
+      worst = std::max(worst, std::fabs(error));
+      sum += error;
+      CHECK(value == function(x), "%s(%a) differs", name, double(x));
+    }
+    CHECK(worst <= most && worst > 0.98 * most, "%s is off by %g units in the last place", name, worst);
+    CHECK(std::fabs(sum / kCount) < 0.02, "%s is off by %g units on average", name, sum / kCount);
+  };
+  const auto exp2 = [](double x) { return std::exp2(x); };
+  const auto reciprocal = [](double x) { return 1.0 / x; };
+  check("exp2_approx", exp2_approx, exp2, 2.0, 40.0f);
+  check("reciprocal_approx", reciprocal_approx, reciprocal, 1.0, 1000.0f);
 }
 
 void test_shared_memory_is_poisoned() {
@@ -390,6 +415,7 @@ int main() {
   test_conversions<Bf16>(7);
   test_conversions<F16>(10);
   test_functions();
+  test_approximations_are_inexact();
   test_schedules();
   std::printf("%d failures\n", failures);
   return failures ? 1 : 0;
