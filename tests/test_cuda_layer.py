@@ -184,3 +184,47 @@ def test_an_engine_that_cannot_run_says_why(engine: str, H: int, dtype: torch.dt
         pytest.raises(rnnkern.BackendUnavailable, match=why),
     ):
         lstm(x)
+
+
+@pytest.mark.parametrize("engine", ["cluster", "grid"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_infinities_are_those_of_float32(cell: str, engine: str) -> None:
+    """Three TF32 products of an infinite value have an inf - inf that the product of float32 has not."""
+    layer = make_layer(cell, 3, 9, 5, 20, seed=1)
+    clean = layer.infer(EMULATED, engine=engine)
+    x, h0 = layer.x.clone(), layer.h0.clone()
+    h0[0, 1, 3] = torch.inf
+    h0[0, 2, [4, 7]] = torch.tensor([torch.inf, -torch.inf])
+    h0[0, 3, 5] = torch.nan
+    h0[0, 4, 6] = torch.finfo(torch.float32).max  # which TF32 rounds to infinity
+    x[1, 5, 2] = -torch.inf
+    x[0, 6, 0] = 3e38  # of which sums overflow
+    layer = dataclasses.replace(layer, x=x, h0=h0)
+    found, expected = layer.infer(EMULATED, engine=engine), layer.infer("eager")
+    for name, values in clean.items():
+        ours, theirs = found[name], expected[name]
+        assert torch.equal(ours.isnan(), theirs.isnan()), name
+        assert torch.equal(ours.isinf(), theirs.isinf()), name
+        infinite = theirs.isinf()
+        assert torch.equal(ours[infinite].sign(), theirs[infinite].sign()), name
+        finite = theirs.isfinite()
+        torch.testing.assert_close(ours[finite], theirs[finite], rtol=2e-3, atol=1e-5)
+        untouched = [0, 7, 8]
+        assert_same_bits({name: ours[..., untouched, :]}, {name: values[..., untouched, :]})
+
+
+def test_sizes_that_kernels_cannot_count() -> None:
+    weights = torch.ones(4, 1), torch.ones(4, 1), *[None] * 6
+    with pytest.raises(RuntimeError, match="more steps, rows or hidden units than"), rnnkern.backend(EMULATED):
+        torch.ops.rnnkern.cuda_layer_inference(
+            "lstm",
+            torch.ones(2**31, 0, 1),
+            torch.ones(1, 0, 1),
+            torch.ones(1, 0, 1),
+            *weights,
+            None,
+            None,
+            False,
+            "",
+            False,
+        )

@@ -39,9 +39,24 @@ struct Tf32 {
     mma_16x8x8_tf32(d, a, b);
   }
 };
-// fp32 by 3xTF32: x = high + low; low times low is left out, 2^-22 of the product.
+// Tf32 of words that are floats, whatever these are: finite ones stay finite, where TF32's range would end a little
+// earlier.
+struct Tf32OfAll {
+  RNNKERN_DEVICE static uint32_t rounded(uint32_t word) {
+    const uint32_t nearest = round_tf32(float_of(word)), size = 0x7FFFFFFFu, infinity = 0x7F800000u;
+    return (nearest & size) == infinity && (word & size) < infinity ? word & ~0x1FFFu : nearest;
+  }
+  RNNKERN_DEVICE static void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    const uint32_t a_tf32[4] = {rounded(a[0]), rounded(a[1]), rounded(a[2]), rounded(a[3])};
+    const uint32_t b_tf32[2] = {rounded(b[0]), rounded(b[1])};
+    mma_16x8x8_tf32(d, a_tf32, b_tf32);
+  }
+};
+// fp32 by 3xTF32: x = high + low; low times low is left out, 2^-22 of the product. An operand that is infinite, or that
+// TF32 rounds to infinity, has no such parts (inf - inf is NaN): its sums are NaN, and are taken again by Tf32OfAll.
 struct Tf32x3 {
   using S = float;
+  using WhereNaN = Tf32OfAll;
   static constexpr int kProducts = 3;
   RNNKERN_DEVICE static uint32_t prepare(uint32_t word) { return word; }
   template <int N>
@@ -135,47 +150,27 @@ struct SliceProduct {
   template <class Operand>
   RNNKERN_DEVICE void run(const Operand& operand, float* sums) const {
     if (k_count <= 0) return;
-    const int group = lane_index() / 4, pair = lane_index() % 4;
-    float* const own = sums + warp_index() / layout.m_warps * layout.rows * layout.sum_stride + m_first * 16 + group;
+    float* const own = sums + warp_index() / layout.m_warps * layout.rows * layout.sum_stride + m_first * 16;
+    bool missed = false;
     RNNKERN_UNROLL(1)
     for (int n = 0; n < layout.n_tiles; ++n) {
-      const int place = (k_first * layout.rows + n * 8 + group) * 64 + pair * 16, next = layout.rows * 64;
       float d[kM][2][4] = {};
-      RNNKERN_UNROLLED
-      for (int part = 0; part < kK; part += kAhead) {
-        Words values[kAhead];
-        RNNKERN_UNROLLED
-        for (int i = 0; i < kAhead; ++i) {
-          if (part + i < kK && part + i < k_count)
-            values[i] = prepared(operand(k_first + part + i, place + (part + i) * next));
-        }
-        RNNKERN_UNROLLED
-        for (int i = 0; i < kAhead; ++i) {
-          if (part + i >= kK || part + i >= k_count) continue;
-          RNNKERN_UNROLLED
-          for (int m = 0; m < kM; ++m) {
-            if (m < m_count) multiply(d[m], weights[m][part + i], values[i]);
-          }
-        }
-      }
+      add_tiles<Math, kAhead>(d, operand, n);
+      for_each_sum(d, own, n, [&](float* to, float sum) {
+        store(to, sum);
+        missed = missed || sum != sum;
+      });
+    }
+    if constexpr (Math::kProducts == 3) {
+      if (!any_lane(missed)) return;
       RNNKERN_UNROLL(1)
-      for (int k = kK; k < k_count; ++k) {
-        const Words more = prepared(operand(k_first + k, place + k * next));
-        RNNKERN_UNROLLED
-        for (int m = 0; m < kM; ++m) {
-          if (m >= m_count) continue;
-          const Words low = load(shared_tile(k, m)), high = load(shared_tile(k, m) + 32);
-          const uint32_t tile[8] = {low.at[0], high.at[0], low.at[1], high.at[1],
-                                    low.at[2], high.at[2], low.at[3], high.at[3]};
-          multiply(d[m], tile, more);
-        }
-      }
-      RNNKERN_UNROLLED
-      for (int m = 0; m < kM; ++m) {
-        if (m >= m_count) continue;
-        RNNKERN_UNROLLED
-        for (int i = 0; i < 4; ++i)
-          store(own + (n * 8 + pair * 2 + i % 2) * layout.sum_stride + m * 16 + i / 2 * 8, d[m][0][i] + d[m][1][i]);
+      for (int n = 0; n < layout.n_tiles; ++n) {
+        float d[kM][2][4] = {};
+        add_tiles<typename Math::WhereNaN, 1>(d, operand, n);
+        for_each_sum(d, own, n, [&](float* to, float sum) {
+          const float first = load(to);
+          if (first != first) store(to, sum);
+        });
       }
     }
   }
@@ -193,17 +188,67 @@ struct SliceProduct {
   }
 
  private:
+  // Adds the product with rows 8 n .. 8 n + 7 to d.
+  template <class Multiply, int ahead, class Operand>
+  RNNKERN_DEVICE void add_tiles(float (&d)[kM][2][4], const Operand& operand, int n) const {
+    const int group = lane_index() / 4, pair = lane_index() % 4;
+    const int place = (k_first * layout.rows + n * 8 + group) * 64 + pair * 16, next = layout.rows * 64;
+    RNNKERN_UNROLLED
+    for (int part = 0; part < kK; part += ahead) {
+      Words values[ahead];
+      RNNKERN_UNROLLED
+      for (int i = 0; i < ahead; ++i) {
+        if (part + i < kK && part + i < k_count)
+          values[i] = prepared(operand(k_first + part + i, place + (part + i) * next));
+      }
+      RNNKERN_UNROLLED
+      for (int i = 0; i < ahead; ++i) {
+        if (part + i >= kK || part + i >= k_count) continue;
+        RNNKERN_UNROLLED
+        for (int m = 0; m < kM; ++m) {
+          if (m < m_count) multiply<Multiply>(d[m], weights[m][part + i], values[i]);
+        }
+      }
+    }
+    RNNKERN_UNROLL(1)
+    for (int k = kK; k < k_count; ++k) {
+      const Words more = prepared(operand(k_first + k, place + k * next));
+      RNNKERN_UNROLLED
+      for (int m = 0; m < kM; ++m) {
+        if (m >= m_count) continue;
+        const Words low = load(shared_tile(k, m)), high = load(shared_tile(k, m) + 32);
+        const uint32_t tile[8] = {low.at[0], high.at[0], low.at[1], high.at[1],
+                                  low.at[2], high.at[2], low.at[3], high.at[3]};
+        multiply<Multiply>(d[m], tile, more);
+      }
+    }
+  }
+  // visit(where it belongs, a sum of this lane).
+  template <class Visit>
+  RNNKERN_DEVICE void for_each_sum(const float (&d)[kM][2][4], float* own, int n, const Visit& visit) const {
+    const int group = lane_index() / 4, pair = lane_index() % 4;
+    RNNKERN_UNROLLED
+    for (int m = 0; m < kM; ++m) {
+      if (m >= m_count) continue;
+      RNNKERN_UNROLLED
+      for (int i = 0; i < 4; ++i)
+        visit(own + (n * 8 + pair * 2 + i % 2) * layout.sum_stride + m * 16 + i / 2 * 8 + group,
+              d[m][0][i] + d[m][1][i]);
+    }
+  }
+
   RNNKERN_DEVICE static Words prepared(Words words) {
     RNNKERN_UNROLLED
     for (int i = 0; i < 4; ++i) words.at[i] = Math::prepare(words.at[i]);
     return words;
   }
+  template <class Multiply>
   RNNKERN_DEVICE static void multiply(float (&d)[2][4], const uint32_t (&tile)[8], const Words& values) {
     RNNKERN_UNROLLED
     for (int half = 0; half < 2; ++half) {
       const uint32_t a[4] = {tile[half * 4], tile[half * 4 + 1], tile[half * 4 + 2], tile[half * 4 + 3]};
       const uint32_t b[2] = {values.at[half * 2], values.at[half * 2 + 1]};
-      Math::multiply_add(d[half], a, b);
+      Multiply::multiply_add(d[half], a, b);
     }
   }
 };
