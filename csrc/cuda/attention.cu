@@ -13,7 +13,8 @@
 namespace rnnkern::cuda {
 namespace {
 
-constexpr int64_t kChunkBytes = int64_t(64) << 20;  // of scores and what is like them: about an L2 cache
+constexpr double kMostElements = double(int64_t(1) << 58);  // so that bytes can be counted
+constexpr int64_t kChunkBytes = int64_t(64) << 20;          // of scores and what is like them: about an L2 cache
 
 // Hands out parts of the scratch memory; without memory, measures.
 class Parts {
@@ -57,6 +58,8 @@ struct PairScratch {
 
   PairScratch(const AttentionInputs& in, bool backward, Parts& parts) : row(round_up(in.Tk, 8)) {
     const bool additive = is_additive(in);
+    if (double(in.Tq) * double(row) * double(std::max<int64_t>(in.D, 64)) > kMostElements)
+      throw std::runtime_error("attention: the scores of one row of the batch cannot be counted in 64 bits");
     const int64_t pairs = in.Tq * row, sums = backward && additive ? key_tiles(in) * in.Tq * in.D : 0;
     const int64_t each = pairs * int64_t((backward ? 8 : 4) + sizeof(S) * (backward && !additive ? 2 : 1)) + 4 * sums;
     rows = std::max<int64_t>(1, std::min(in.B, kChunkBytes / std::max<int64_t>(1, each)));
@@ -73,11 +76,6 @@ struct PairScratch {
 
 bool is_multiple(const void* data, int64_t batch, int64_t row, int64_t size) {
   return (reinterpret_cast<uintptr_t>(data) | uintptr_t(batch * size) | uintptr_t(row * size)) % 16 == 0;
-}
-
-int block_count(int64_t blocks, const char* what) {
-  if (blocks > INT32_MAX) throw std::runtime_error(std::string(what) + ": more blocks than a launch may have");
-  return int(blocks);
 }
 
 // Launches for the batch rows [first, first + B) of a call.
@@ -124,13 +122,12 @@ class Attention {
                       scratch.stats,
                       scratch.scores,
                       scratch.context_parts};
-    const LaunchShape shape{block_count(in_.B * splits, "attention"), kSingleThreads, sizeof(SingleShared)};
+    const LaunchShape shape{checked_blocks(in_.B * splits, "attention"), kSingleThreads, sizeof(SingleShared)};
     launch("attention_single", is_additive(in_) ? attention_single<S, true> : attention_single<S, false>, shape, a,
            stream_);
     if (splits == 1) return;
     const int64_t parts = blocks(in_.Dv, kSingleThreads) + (out.weights ? blocks(in_.Tk, kSingleThreads) : 0);
-    launch("join_single", join_single<S>,
-           {block_count(in_.B * parts, "attention"), kSingleThreads, sizeof(float) * size_t(kSingleWarps + splits)}, a,
+    launch("join_single", join_single<S>, {checked_blocks(in_.B * parts, "attention"), kSingleThreads, kJoinShared}, a,
            stream_);
   }
 
@@ -190,7 +187,7 @@ class Attention {
     if (!additive) return;
     const DvectorSum<S> sum{all_.B * key_tiles(all_), all_.D, x.dvector_parts, static_cast<S*>(grad.dvector)};
     launch("sum_dvector", sum_dvector<S>,
-           {block_count(blocks(all_.D, 32), "attention"), kSumThreads, kSumThreads * sizeof(float)}, sum, stream_);
+           {checked_blocks(blocks(all_.D, 32), "attention"), kSumThreads, kSumThreads * sizeof(float)}, sum, stream_);
   }
 
  private:
@@ -206,7 +203,7 @@ class Attention {
     };
     MatrixProducts<S, Out> all{{*one, other ? *other : *one}, count(one), padding_};
     launch(name, attention_products<S, Out, kKind>,
-           {block_count(count(one) + count(other), name), kTileThreads, kProductShared}, all, stream_);
+           {checked_blocks(count(one) + count(other), name), kTileThreads, kProductShared}, all, stream_);
   }
 
   // Scores, and dL/dweights by way of the context if its gradient is given.
@@ -227,12 +224,12 @@ class Attention {
     // Few queries take fewer warps, but the tile still wants loading.
     const int64_t warps = std::max<int64_t>(4, blocks(std::min<int64_t>(in_.Tq, kScoreTile), kScoreQueries));
     launch("additive_scores", additive_scores<S>,
-           {block_count(in_.B * tiles, "attention"), int(32 * warps), sizeof(ScoreShared)}, a, stream_);
+           {checked_blocks(in_.B * tiles, "attention"), int(32 * warps), sizeof(ScoreShared)}, a, stream_);
     if (dcontext) multiply<ProductKind::across, float>("attention dweights", &dweights, nullptr);
   }
 
   LaunchShape softmax_shape() const {
-    return {block_count(in_.B * in_.Tq, "attention"), kSoftmaxThreads, kSoftmaxShared};
+    return {checked_blocks(in_.B * in_.Tq, "attention"), kSoftmaxThreads, kSoftmaxShared};
   }
   Softmax<S> softmax(void* weights, const PairScratch<S>& x) const {
     return {padding_,
@@ -273,14 +270,14 @@ class Attention {
                                  x.dquery_parts,
                                  x.dvector_parts + first_ * tiles * in_.D,
                                  rows_of(grad.dkey, in_.Tk, in_.D)};
-    launch(
-        "additive_gradients", additive_gradients<S>,
-        {block_count(in_.B * tiles * blocks(in_.D, kColumns), "attention"), kGradientThreads, sizeof(GradientShared)},
-        a, stream_);
+    launch("additive_gradients", additive_gradients<S>,
+           {checked_blocks(in_.B * tiles * blocks(in_.D, kColumns), "attention"), kGradientThreads,
+            sizeof(GradientShared)},
+           a, stream_);
     const DquerySum<S> sum{vector(), padding_, in_.B,          in_.Tq,
                            in_.D,    tiles,    x.dquery_parts, rows_of(grad.dquery, in_.Tq, in_.D)};
     launch("sum_dquery", sum_dquery<S>,
-           {block_count(blocks(in_.B * in_.Tq * in_.D, kSumThreads), "attention"), kSumThreads}, sum, stream_);
+           {checked_blocks(blocks(in_.B * in_.Tq * in_.D, kSumThreads), "attention"), kSumThreads}, sum, stream_);
   }
 
   const AttentionInputs& all_;

@@ -160,12 +160,15 @@ attention_single(RNNKERN_ARGUMENT Single<S> a) {
     store(a.weights + b * a.Tk + j, from_float<S>(load(shared.powers + j) * inverse));
 }
 
+constexpr int kJoinSplits = 256;  // of which a block keeps the factors at a time
+constexpr size_t kJoinShared = sizeof(float) * (kSingleWarps + kJoinSplits);
+
 // Joins the parts of several splits: a block for 128 columns of a row's context, then of its weights.
 template <class S>
 RNNKERN_KERNEL(kSingleThreads, 4)
 join_single(RNNKERN_ARGUMENT Single<S> a) {
   float* const slots = reinterpret_cast<float*>(shared_memory());
-  float* const factors = slots + kSingleWarps;  // [splits]
+  float* const factors = slots + kSingleWarps;  // [kJoinSplits]
   const int64_t context_blocks = parts_of(a.Dv, kSingleThreads);
   const int64_t blocks = context_blocks + (a.weights ? parts_of(a.Tk, kSingleThreads) : 0);
   const int64_t b = block_index() / blocks, part = block_index() % blocks;
@@ -173,21 +176,26 @@ join_single(RNNKERN_ARGUMENT Single<S> a) {
   float most = kMinusInfinity, all = 0.0f;
   for (int64_t s = thread_index(); s < a.splits; s += kSingleThreads) most = larger(load(stats + 2 * s), most);
   most = over_block<kSingleWarps>(most, slots, Largest());
-  for (int64_t s = thread_index(); s < a.splits; s += kSingleThreads) {
-    const float sum = load(stats + 2 * s + 1);
-    const float factor = sum == 0.0f ? 0.0f : exp2_approx((load(stats + 2 * s) - most) * kLog2e);
-    store(factors + s, factor);
-    all = multiply_add(factor, sum, all);
-  }
-  all = over_block<kSingleWarps>(all, slots, Sum());  // a barrier, too: all factors are there
+  const auto factor = [&](int64_t s) {
+    return load(stats + 2 * s + 1) == 0.0f ? 0.0f : exp2_approx((load(stats + 2 * s) - most) * kLog2e);
+  };
+  for (int64_t s = thread_index(); s < a.splits; s += kSingleThreads)
+    all = multiply_add(factor(s), load(stats + 2 * s + 1), all);
+  all = over_block<kSingleWarps>(all, slots, Sum());
   const float inverse = all == 0.0f ? 0.0f : 1.0f / all;
   if (part < context_blocks) {
     const int64_t column = part * kSingleThreads + thread_index();
-    if (column >= a.Dv) return;
     float sum = 0.0f;
-    for (int64_t s = 0; s < a.splits; ++s)
-      sum = multiply_add(load(factors + s), load(a.context_parts + (b * a.splits + s) * a.Dv + column), sum);
-    store(a.context + b * a.Dv + column, from_float<S>(sum * inverse));
+    for (int64_t first = 0; first < a.splits; first += kJoinSplits) {
+      const int count = int(smaller(a.splits - first, kJoinSplits));
+      sync_block();  // the factors before these are no longer read
+      for (int s = thread_index(); s < count; s += kSingleThreads) store(factors + s, factor(first + s));
+      sync_block();
+      const float* const parts = a.context_parts + (b * a.splits + first) * a.Dv + column;
+      for (int s = 0; s < count && column < a.Dv; ++s)
+        sum = multiply_add(load(factors + s), load(parts + s * a.Dv), sum);
+    }
+    if (column < a.Dv) store(a.context + b * a.Dv + column, from_float<S>(sum * inverse));
   } else {
     const int64_t j = (part - context_blocks) * kSingleThreads + thread_index();
     if (j >= a.Tk) return;

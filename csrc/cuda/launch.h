@@ -2,11 +2,14 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #ifdef RNNKERN_EMULATED
@@ -30,6 +33,14 @@ struct DeviceFacts {
   size_t shared_bytes;  // that a block may ask for
   int largest_cluster;  // 1: none
 };
+
+// Blocks of a launch, which counts them in 31 bits.
+inline int checked_blocks(int64_t blocks, const char* name) {
+  if (blocks > INT32_MAX)
+    throw std::runtime_error(std::string(name) + " needs " + std::to_string(blocks) +
+                             " blocks, more than a launch may have: the sizes are too large");
+  return int(blocks);
+}
 
 inline std::string describe(const char* name, const LaunchShape& shape) {
   return std::string(name) + " with " + std::to_string(shape.blocks) + " blocks of " + std::to_string(shape.threads) +
@@ -96,6 +107,13 @@ inline DeviceFacts device_facts() {
           size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)), capability >= 90 ? 16 : 1};
 }
 
+template <class Arguments>
+cudaFuncAttributes attributes_of(void (*kernel)(Arguments)) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "a kernel's attributes");
+  return attributes;
+}
+
 // Lets the kernel have all the shared memory, and the clusters, that the device has: once, since the attributes are the
 // kernel's and not the launch's, and other threads may launch it at the same time.
 template <class Arguments>
@@ -106,10 +124,8 @@ void prepare(void (*kernel)(Arguments)) {
   const std::pair<void (*)(Arguments), int> key(kernel, current_device());
   if (prepared.count(key)) return;
   const DeviceFacts facts = device_facts();
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "a kernel's attributes");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             int(facts.shared_bytes - attributes.sharedSizeBytes)),
+                             int(facts.shared_bytes - attributes_of(kernel).sharedSizeBytes)),
         "a kernel's shared memory");
   if (facts.largest_cluster > 8)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "a kernel's clusters");
@@ -150,9 +166,7 @@ void launch(const char* name, void (*kernel)(Arguments), const LaunchShape& shap
 // Of a thread.
 template <class Arguments>
 int registers_of(void (*kernel)(Arguments)) {
-  cudaFuncAttributes attributes;
-  check(cudaFuncGetAttributes(&attributes, kernel), "a kernel's attributes");
-  return attributes.numRegs;
+  return attributes_of(kernel).numRegs;
 }
 
 // Zeros, on the stream.
@@ -162,6 +176,8 @@ inline void clear(void* memory, size_t bytes, Stream stream) {
 
 template <class Arguments>
 int resident_blocks(void (*kernel)(Arguments), const LaunchShape& shape) {
+  // Of an older GPU's code, that the driver compiled for this one, cluster instructions are traps (device.h).
+  if (shape.cluster > 1 && attributes_of(kernel).ptxVersion < 90) return 0;
   prepare(kernel);
   int count = 0;
   cudaLaunchAttribute attributes[2];
@@ -179,5 +195,18 @@ int resident_blocks(void (*kernel)(Arguments), const LaunchShape& shape) {
 }
 
 #endif
+
+// The same, kept for each kernel, device and shape: to ask takes longer than a step. For kernels of few shapes.
+template <class Arguments>
+int kept_resident_blocks(void (*kernel)(Arguments), const LaunchShape& shape) {
+  using Key = std::tuple<void (*)(Arguments), int, int, size_t, int>;
+  static std::mutex mutex;
+  static std::map<Key, int> kept;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const Key key(kernel, current_device(), shape.threads, shape.shared_bytes, shape.cluster);
+  auto found = kept.find(key);
+  if (found == kept.end()) found = kept.emplace(key, resident_blocks(kernel, shape)).first;
+  return found->second;
+}
 
 }  // namespace rnnkern::cuda

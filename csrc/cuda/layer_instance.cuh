@@ -9,8 +9,11 @@
 
 namespace rnnkern::cuda {
 
-inline LaunchShape one_thread_each(int64_t elements) {
-  return {int((elements + kStepThreads - 1) / kStepThreads), kStepThreads};
+template <class Arguments>
+void launch_one_each(const char* name, void (*kernel)(Arguments), int64_t elements, const Arguments& arguments,
+                     void* stream) {
+  const int64_t blocks = (elements + kStepThreads - 1) / kStepThreads;
+  launch(name, kernel, {checked_blocks(blocks, name), kStepThreads}, arguments, Stream(stream));
 }
 
 inline int64_t units(const Sequence& sequence, int H) { return int64_t(sequence.D) * sequence.B * H; }
@@ -19,28 +22,25 @@ template <class Cell, class S, class C>
 CellLaunchers make_launchers() {
   CellLaunchers launchers{};
   launchers.stepwise.begin = [](const StepForward<void, void>& a, void* stream) {
-    launch("begin", begin<S, C>, one_thread_each(units(a.forward.sequence, a.forward.H)), typed<StepForward<S, C>>(a),
-           Stream(stream));
+    launch_one_each("begin", begin<S, C>, units(a.forward.sequence, a.forward.H), typed<StepForward<S, C>>(a), stream);
   };
   launchers.stepwise.next_step = [](const StepForward<void, void>& a, void* stream) {
-    launch("next_step", next_step<Cell, S, C>, one_thread_each(units(a.forward.sequence, a.forward.H)),
-           typed<StepForward<S, C>>(a), Stream(stream));
+    launch_one_each("next_step", next_step<Cell, S, C>, units(a.forward.sequence, a.forward.H),
+                    typed<StepForward<S, C>>(a), stream);
   };
   launchers.stepwise.previous_h = [](const PreviousH<void>& a, void* stream) {
-    launch("previous_h", previous_h<S>, one_thread_each(units(a.sequence, a.H) * a.sequence.T), typed<PreviousH<S>>(a),
-           Stream(stream));
+    launch_one_each("previous_h", previous_h<S>, units(a.sequence, a.H) * a.sequence.T, typed<PreviousH<S>>(a), stream);
   };
   launchers.stepwise.without_padding = [](const WithoutPadding<void>& a, void* stream) {
-    launch("without_padding", without_padding<S>, one_thread_each(a.sequence.N * a.I), typed<WithoutPadding<S>>(a),
-           Stream(stream));
+    launch_one_each("without_padding", without_padding<S>, a.sequence.N * a.I, typed<WithoutPadding<S>>(a), stream);
   };
   launchers.stepwise.step_backward = [](const StepBackward<void, void>& a, void* stream) {
-    launch("step_backward", step_backward<Cell, S, C>, one_thread_each(units(a.backward.sequence, a.backward.H)),
-           typed<StepBackward<S, C>>(a), Stream(stream));
+    launch_one_each("step_backward", step_backward<Cell, S, C>, units(a.backward.sequence, a.backward.H),
+                    typed<StepBackward<S, C>>(a), stream);
   };
   launchers.stepwise.end_backward = [](const StepBackward<void, void>& a, void* stream) {
-    launch("end_backward", end_backward<S, C>, one_thread_each(units(a.backward.sequence, a.backward.H)),
-           typed<StepBackward<S, C>>(a), Stream(stream));
+    launch_one_each("end_backward", end_backward<S, C>, units(a.backward.sequence, a.backward.H),
+                    typed<StepBackward<S, C>>(a), stream);
   };
   if constexpr (std::is_same_v<C, float>) launchers.persistent = persistent_launchers<Cell, S>();
   if constexpr (sizeof(S) <= sizeof(float))

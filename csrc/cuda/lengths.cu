@@ -53,8 +53,8 @@ void place_lengths(const int64_t* lengths, int64_t B, int64_t* out, void* stream
 }
 
 void place_offsets(const int64_t* lengths, int64_t B, int64_t T, int64_t* offsets, void* stream) {
-  launch("write_offsets", write_offsets, {int(T / kThreads + 1), kThreads}, Offsets{lengths, B, T, offsets},
-         Stream(stream));
+  launch("write_offsets", write_offsets, {checked_blocks(T / kThreads + 1, "write_offsets"), kThreads},
+         Offsets{lengths, B, T, offsets}, Stream(stream));
 }
 
 }  // namespace rnnkern::cuda

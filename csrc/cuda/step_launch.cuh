@@ -21,7 +21,7 @@ void launch_rows(const AttentionStep<S>& a, Stream stream) {
   const int B = a.cell.B;
   const int64_t jobs = std::max<int64_t>({CellTile<Cell, kRows>::jobs(a.cell.H, B), B * step_splits(a.Tk),
                                           a.w_query ? Tile<1, 0, kRows>::jobs(a.D, B) : 0});
-  const int resident = resident_blocks(attention_step<Cell, kRows, S>, shape);
+  const int resident = kept_resident_blocks(attention_step<Cell, kRows, S>, shape);
   if (resident == 0) throw std::runtime_error("cannot launch " + describe("attention_step", shape) + ": none fits");
   shape.blocks = int(std::min<int64_t>(jobs, resident));
   launch("attention_step", attention_step<Cell, kRows, S>, shape, a, stream);

@@ -212,10 +212,23 @@ void check_plans() {
   }
 }
 
+// More blocks than a launch can have are refused, and not counted modulo 2^32.
+void check_too_many_blocks() {
+  std::string said;
+  try {
+    const Sequence sequence{int64_t(1) << 30, int64_t(1) << 30, 1 << 20, 1, nullptr, nullptr, nullptr};
+    cell_launchers(0, Dtype::f32).stepwise.previous_h({sequence, 512, nullptr, nullptr, nullptr}, nullptr);
+  } catch (const std::runtime_error& error) {
+    said = error.what();
+  }
+  CHECK(said.find("previous_h needs 4503599627370496 blocks") == 0, "%s", said.c_str());
+}
+
 }  // namespace
 
 int main() {
   check_plans();
+  check_too_many_blocks();
   for (unsigned seed : {0u, 1u, 2u, 3u}) {
     emulator::set_seed(seed);
     int cell = 0;

@@ -1,6 +1,9 @@
 // The recurrent layer on a GPU: x W_ih^T by torch, the recurrence by an engine, gradients of weights by torch.
 //
 // Compiled twice: for CUDA tensors, and, with emulated kernels, for tensors on the CPU.
+#include <algorithm>
+#include <limits>
+
 #include "cuda/engine.h"
 #include "cuda/lengths.h"
 #include "torch/gpu.h"
@@ -25,6 +28,8 @@ struct GpuLayer {
         input(make_contiguous(args.x)),
         engine(std::move(engine_)),
         tf32(tf32_) {
+    STD_TORCH_CHECK(std::max({in.T, in.B, in.H, args.rows}) <= std::numeric_limits<int>::max(),
+                    "rnnkern::cuda_layer: more steps, rows or hidden units than 2^31 - 1, which kernels count to");
     sequence.T = in.T;
     sequence.N = args.rows;
     sequence.B = int(in.B);

@@ -12,7 +12,8 @@
 namespace rnnkern {
 namespace {
 
-constexpr int64_t kMostSize = std::numeric_limits<int>::max() / 8;  // of a dimension or a state: kernels count in int
+constexpr int64_t kMostSize =
+    std::numeric_limits<int>::max() / 8;  // of a dimension, a state, all queries: kernels count in int
 
 bool has_shape(const Tensor& tensor, const std::vector<int64_t>& sizes) {
   if (tensor.dim() != int64_t(sizes.size())) return false;
@@ -49,7 +50,7 @@ struct StepArguments {
     const CellTraits& traits = cell_traits()[size_t(cell)];
     const int64_t gates = traits.gates * H;
     STD_TORCH_CHECK(H > 0 && std::max({B, I, gates, B * H}) <= kMostSize,
-                    "rnnkern::cuda_cell_step: no hidden unit, or a size above ", kMostSize);
+                    "rnnkern::cuda_cell_step: no hidden unit, or one of B, I, G*H and B*H is above ", kMostSize);
     check_fits("h", h, {B, H}, type);
     check_fits("c", c, {B, H}, ScalarType::Float);
     check_fits("w_ih", w_ih, {gates, I}, type);
@@ -101,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor> cuda_attention_step(std::string cell, Tensor 
   Gpu& gpu = args.gpu;
   STD_TORCH_CHECK(key.dim() == 3 && value.dim() == 3, "rnnkern::cuda_attention_step: key and value must be [B, Tk, D]");
   const int64_t B = args.step.B, H = args.step.H, Tk = key.size(1), D = key.size(2), Dv = value.size(2);
-  STD_TORCH_CHECK(std::max(D, Dv) <= kMostSize, "rnnkern::cuda_attention_step: a size above ", kMostSize);
+  STD_TORCH_CHECK(std::max({D, Dv, B * D}) <= kMostSize, "rnnkern::cuda_attention_step: one of D, Dv and B*D is above ",
+                  kMostSize);
   check_fits("key", key, {B, Tk, D}, args.type);
   check_fits("value", value, {B, Tk, Dv}, args.type);
   check_fits("vector", vector, {D}, args.type);
