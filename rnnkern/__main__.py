@@ -84,7 +84,7 @@ def info() -> None:
         rows["build"] = _library.reason
     else:
         rows["isa"] = f"{extension.get_isa()} (supported: {', '.join(extension.supported_isas())}; set RNNKERN_CPU_ISA)"
-        rows["build"] = ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
+        rows["build"] = ", ".join(f"{key} {value}" for key, value in extension.build_info().items() if value != "")
     for name in _dispatch.BACKENDS:
         why = _dispatch.absence(name)
         rows[f"backend {name}"] = f"no: {why}" if why else "yes"

@@ -4,7 +4,9 @@ The emulated CUDA kernels, for tests, are a library of their own, librnnkern_emu
 """
 
 import importlib
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,24 @@ import torch
 
 _PATH = Path(__file__).with_name("librnnkern.so")
 _EMULATED_PATH = Path(__file__).with_name("librnnkern_emulated.so")
+# What these sources call. A library that was built of older ones lacks some.
+OPERATORS = (
+    *("layer", "layer_inference", "layer_backward", "layer_int8", "pack", "pack_int8"),
+    *("attention", "attention_inference", "attention_backward"),
+    *("cuda_layer", "cuda_layer_inference", "cuda_layer_backward", "cuda_plan"),
+    *("cuda_attention", "cuda_attention_inference", "cuda_attention_backward"),
+    *("cuda_cell_step", "cuda_attention_step"),
+)
+_BUILD_FACTS = ("version", "compiler", "optimized", "cuda")
+
+
+def _lacking(extension: ModuleType) -> str:
+    """What the library lacks of what these sources need, "" if nothing."""
+    facts = extension.build_info()
+    for name in OPERATORS:
+        if not hasattr(torch.ops.rnnkern, name):
+            return f"the operator {name}"
+    return next((f"the build fact {name}" for name in _BUILD_FACTS if name not in facts), "")
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -20,20 +40,58 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"{_PATH.name} is not built (run `make build` or `pip install .`)"
     try:
         torch.ops.load_library(_PATH)  # type: ignore[no-untyped-call]
-        return importlib.import_module("rnnkern._C"), ""
-    except (ImportError, OSError, RuntimeError) as error:
+        extension = importlib.import_module("rnnkern._C")
+        lacking = _lacking(extension)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return None, f"{_PATH.name} does not load: {error}"
+    if lacking:
+        return None, f"{_PATH.name} is of another version, without {lacking} (run `make build` or `pip install .`)"
+    return extension, ""
 
 
 extension, reason = _load()  # rnnkern._C, or None and why
 available = extension is not None
+# What the CUDA kernels were compiled for: sm_NN is machine code, compute_NN is PTX, which drivers compile.
+cuda_code: tuple[str, ...] = () if extension is None else tuple(extension.build_info()["cuda"].split())
 
 
 def _missing_cuda() -> str:
     if not available:
         return reason
-    has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("rnnkern::cuda_layer", "CUDA")
-    return "" if has_kernels else "this build has no CUDA kernels: nvcc was not found, or not wanted"
+    return "" if cuda_code else "this build has no CUDA kernels: nvcc was not found, or not wanted"
+
+
+def runs_on(code: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs code compiled for an architecture.
+
+    Machine code runs on the same major version from its own minor version on, PTX on all later GPUs; but that of sm_90a
+    and compute_90a on 9.0 alone, and of sm_100f and its like on its family, the GPUs of one major version.
+
+    Source: CUDA C++ programming guide, "Compute Capabilities", "Feature Set Compiler Targets".
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", code)
+    if match is None:
+        raise ValueError(f"code must be named like sm_80, sm_90a or compute_100, got {code!r}")
+    kind, suffix = match[1], match[4]
+    compiled = int(match[2]), int(match[3])
+    if suffix == "a":
+        return capability == compiled
+    if kind == "sm" or suffix == "f":
+        return capability[0] == compiled[0] and capability >= compiled
+    return capability >= compiled
+
+
+def unsupported(code: Sequence[str], device: str, capability: tuple[int, int]) -> str:
+    """Why a GPU runs none of the CUDA kernels of a build, "" if it does."""
+    if any(runs_on(each, capability) for each in code):
+        return ""
+    has = f"{device} has compute capability {capability[0]}.{capability[1]}"
+    if capability < (8, 0):
+        return f"the CUDA kernels need compute capability 8.0, {has}"
+    return (
+        f"the CUDA kernels were compiled for {', '.join(code)}, {has} "
+        f"(build with CMAKE_ARGS=-DRNNKERN_CUDA_ARCHITECTURES={capability[0]}{capability[1]})"
+    )
 
 
 # Why the kernels of a backend are not here, "" if they are.
@@ -44,9 +102,9 @@ _warned = False
 def missing_on(device: torch.device) -> dict[str, str]:
     """`missing`, for tensors on a device."""
     if device.type == "cuda" and not missing["cuda"] and torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return {**missing, "cuda": f"the CUDA kernels need compute capability 8.0, {device} has {major}.{minor}"}
+        why = unsupported(cuda_code, str(device), torch.cuda.get_device_capability(device))
+        if why:
+            return {**missing, "cuda": why}
     return missing
 
 
@@ -59,8 +117,11 @@ def load_emulated() -> None:
     elif not _EMULATED_PATH.exists():
         missing["cuda-emulated"] = f"{_EMULATED_PATH.name} is not built (run `make build`)"
     else:
-        torch.ops.load_library(_EMULATED_PATH)  # type: ignore[no-untyped-call]
-        missing["cuda-emulated"] = ""
+        try:
+            torch.ops.load_library(_EMULATED_PATH)  # type: ignore[no-untyped-call]
+            missing["cuda-emulated"] = ""
+        except (OSError, RuntimeError) as error:
+            missing["cuda-emulated"] = f"{_EMULATED_PATH.name} does not load: {error}"
 
 
 def warn_if_missing() -> None:

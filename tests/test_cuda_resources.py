@@ -58,7 +58,7 @@ def test_merges_what_several_objects_hold(resources: SimpleNamespace) -> None:
     assert merged == {"common": {"sm_80": (40, 0, 0, 0)}, "first": {"sm_80": (50, 0, 0, 0)}}
     for registers in (48, 32):  # more, or fewer
         logs = [("a", common), ("b", kernel_log("common", "sm_80", registers)), ("c", common)]
-        with pytest.raises(resources.DifferentCode, match="common on sm_80: .* in a, .* in b"):
+        with pytest.raises(resources.DifferentCode, match=r"common on sm_80: .* in a, .* in b"):
             resources.merge(logs)
 
 

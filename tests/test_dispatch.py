@@ -1,14 +1,18 @@
 """The choice of a backend: a pure function, and what users see of it."""
 
+import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import rnnkern
-from rnnkern.ops._dispatch import Choice, choose
+from rnnkern import _library
+from rnnkern.ops._dispatch import Choice, choose, float32_products
 from tests.helpers import needs_kernels
 
 CASE = {"cell": "lstm", "device": "cpu", "dtype": torch.float32, "T": 10, "B": 4, "H": 8}
@@ -176,3 +180,93 @@ print(rnnkern.explain(torch.nn.GRU(3, 4), torch.ones(5, 2, 3)))
     assert "backend 'cpu' cannot run: librnnkern.so is not built" in told
     assert "\nRuntimeWarning rnnkern.enable() changes nothing: librnnkern.so is not built" in told
     assert "float32 cpu: torch (librnnkern.so is not built" in told
+
+
+BUILT = ("sm_80", "sm_90a", "sm_100", "compute_100")
+
+
+@pytest.mark.parametrize(
+    ("code", "runs", "does_not"),
+    [
+        ("sm_80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+        ("sm_86", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("sm_90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("sm_100", [(10, 0), (10, 3)], [(9, 0), (11, 0), (12, 0)]),
+        ("sm_100a", [(10, 0)], [(10, 3)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(11, 0), (12, 0)]),
+        ("compute_80", [(8, 0), (8, 9), (9, 0), (12, 1)], [(7, 5)]),
+        ("compute_90a", [(9, 0)], [(10, 0)]),
+        ("compute_100", [(10, 0), (10, 3), (11, 0), (12, 0), (12, 1)], [(9, 0)]),
+        ("compute_120f", [(12, 0), (12, 1)], [(10, 0), (13, 0)]),
+    ],
+)
+def test_which_gpus_run_compiled_code(code: str, runs: list[tuple[int, int]], does_not: list[tuple[int, int]]) -> None:
+    assert all(_library.runs_on(code, capability) for capability in runs)
+    assert not any(_library.runs_on(code, capability) for capability in does_not)
+
+
+def test_gpus_that_a_build_does_not_serve() -> None:
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)):
+        assert _library.unsupported(BUILT, "cuda:0", capability) == ""
+    why = _library.unsupported(BUILT, "cuda:0", (7, 5))
+    assert why == "the CUDA kernels need compute capability 8.0, cuda:0 has compute capability 7.5"
+    for capability in ((8, 0), (10, 0), (12, 0)):
+        why = _library.unsupported(("sm_90a", "compute_90a"), "cuda:1", capability)
+        assert why.startswith("the CUDA kernels were compiled for sm_90a, compute_90a, cuda:1 has compute capability ")
+        assert why.endswith(f"-DRNNKERN_CUDA_ARCHITECTURES={capability[0]}{capability[1]})")
+    with pytest.raises(ValueError, match="got 'gfx90a'"):
+        _library.runs_on("gfx90a", (9, 0))
+
+
+def test_a_gpu_without_code_falls_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "missing", {**_library.missing, "cuda": ""})
+    monkeypatch.setattr(_library, "cuda_code", ("sm_90a", "compute_90a"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    missing = _library.missing_on(torch.device("cuda", 0))
+    chosen = choose(**CASE | {"device": "cuda"}, missing=missing)
+    assert chosen.backend == "eager"
+    assert "compiled for sm_90a, compute_90a, cuda:0 has compute capability 12.0" in chosen.why
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose(**CASE | {"device": "cuda"}, missing=_library.missing_on(torch.device("cuda", 0))).backend == "cuda"
+
+
+@needs_kernels
+def test_the_operators_are_those_of_the_library() -> None:
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("rnnkern::")}
+    assert names == {f"rnnkern::{name}" for name in _library.OPERATORS}
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("patch", "lacking"),
+    [
+        ("_library.OPERATORS += ('of_tomorrow',)", "the operator of_tomorrow"),
+        ("_library._BUILD_FACTS += ('tomorrow',)", "the build fact tomorrow"),
+    ],
+    ids=["operator", "build fact"],
+)
+def test_a_stale_library_is_not_used(patch: str, lacking: str, tmp_path: Path) -> None:
+    """As if these sources had something that the library was built without: eager runs, with the usual warning."""
+    package = tmp_path / "rnnkern"
+    shutil.copytree(Path(rnnkern.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    path = package / "_library.py"
+    before, after = path.read_text().split("def _lacking(", 1)
+    path.write_text(f"{before}{patch.replace('_library.', '')}\n\n\ndef _lacking({after}")
+    code = "import torch, rnnkern; print(rnnkern._library.reason); rnnkern.nn.LSTM(3, 4)(torch.ones(2, 1, 3)); "
+    code += "print({**rnnkern._library.missing})"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""}
+    )
+    assert run.returncode == 0, run.stderr
+    why = f"librnnkern.so is of another version, without {lacking} (run `make build` or `pip install .`)"
+    assert run.stdout.splitlines()[0] == why
+    assert f"RuntimeWarning: rnnkern runs its slow eager reference: {why}" in run.stderr
+
+
+def test_products_of_float32_are_told() -> None:
+    assert float32_products("stepwise", "tf32", "none") == "products: float32 (torch.backends.cuda.matmul)"
+    assert float32_products("stepwise; backward: stepwise", "ieee", "tf32").startswith("products: TF32 (")
+    told = float32_products("cluster, 1 groups of 4 blocks; backward: stepwise", "tf32", "ieee")
+    assert "cluster and grid: TF32 (torch.backends.cudnn.rnn), other products: float32 (" in told
+    assert "three TF32 (torch.backends.cudnn.rnn), other products: TF32 (" in float32_products("grid", "ieee", "tf32")

@@ -33,9 +33,10 @@ PYBIND11_MODULE(_C, m) {
 #else
         info["optimized"] = false;
 #endif
+        info["cuda"] = RNNKERN_CUDA_CODE;
         return info;
       },
-      "Version and compiler of the build");
+      "Version and compiler of the build, and what its CUDA kernels were compiled for: \"sm_80 compute_80\", or \"\"");
   m.def(
       "cell_traits",
       [] {

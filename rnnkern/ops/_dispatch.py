@@ -195,8 +195,26 @@ def forced_engine() -> str:
 
 
 def tf32_allowed() -> bool:
-    """Whether products of float32 may be TF32: torch's setting for cuDNN's recurrent layers."""
+    """Whether the cluster and grid engines may multiply float32 as TF32: torch's setting for cuDNN's recurrent layers.
+
+    Products that are left to torch follow its setting for those; torch has none for a single product.
+    """
     return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
+def float32_products(engine: str, rnn: str, matmul: str) -> str:
+    """How a layer of float32 is multiplied on a GPU, for `explain`, from what the engines are and torch's settings.
+
+    Args:
+        engine: of each pass, as `cuda_plan` describes it.
+        rnn: torch.backends.cudnn.rnn.fp32_precision.
+        matmul: torch.backends.cuda.matmul.fp32_precision.
+    """
+    torchs = f"{'TF32' if matmul == 'tf32' else 'float32'} (torch.backends.cuda.matmul)"
+    if "cluster" not in engine and "grid" not in engine:
+        return f"products: {torchs}"
+    recurrence = f"{'TF32' if rnn == 'tf32' else 'three TF32'} (torch.backends.cudnn.rnn)"
+    return f"recurrence in cluster and grid: {recurrence}, other products: {torchs}"
 
 
 def cuda_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool) -> str:
@@ -266,6 +284,9 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool, fused
                 engine = "one launch" if fused else cuda_plan(cell, x, h0, backward=False)
                 if torch.is_grad_enabled() and not fused:
                     engine += f"; backward: {cuda_plan(cell, x, h0, backward=True)}"
+                if dtype == torch.float32 and choice.backend == "cuda" and not fused:
+                    settings = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+                    engine += f"; {float32_products(engine, *(place.fp32_precision for place in settings))}"
             note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why, engine)
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()
