@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.gpu import __main__ as program
-from benchmarks.gpu import attention, cases, commands, layers, machine, results, small, summary, sweep, targets
+from benchmarks.gpu import attention, cases, commands, device, layers, machine, results, small, summary, sweep, targets
 from benchmarks.gpu.results import Results
 from benchmarks.runtimes import PeerUnavailable
 from rnnkern._bench.cases import OURS, TORCH, Case
@@ -221,6 +221,8 @@ class HostClock:
         self.launching[function] = 1e-6
         return 1e-3
 
+    host_bound = device.DeviceClock.host_bound
+
 
 @pytest.fixture
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Results:
@@ -286,6 +288,31 @@ def test_dry_run_of_layers(on_the_cpu: Results, capsys: pytest.CaptureFixture[st
     assert "**lstm, fp32, one layer, forward**" in text
     assert "| H=8, B=2, T=5 | 1 |" in text
     assert "| `broken` | no memory |" in text
+
+
+def test_rows_that_wait_for_the_host() -> None:
+    ahead = device.WAIT_AT_MOST
+    for seconds, launching, waits in (
+        (50e-6, 100e-6, False),  # queued ahead, all of it
+        (50e-6, 1.9e-3, False),
+        (3e-3, ahead + 3e-3, True),  # ended with the last launch
+        (3.2e-3, ahead + 3e-3, True),
+        (4e-3, ahead + 3e-3, False),  # behind the host at the end
+        (9e-3, ahead + 3e-3, False),
+    ):
+        assert device.host_bound(seconds, launching) == waits, (seconds, launching)
+
+
+def test_rows_that_wait_for_the_host_are_marked(on_the_cpu: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = HostClock()
+    monkeypatch.setattr(HostClock, "host_bound", lambda *_: [OURS])
+    row = layer_row("lstm-T5-B2-H8-eval")
+    measured([sweep.Row(row.name, lambda: layers.measure(row, clock, 0.0))], on_the_cpu, "layers", layers.line)  # type: ignore[arg-type]
+    written = json.loads(on_the_cpu.path.read_text())
+    assert written["parts"]["layers"]["rows"][row.name]["host_bound"] == [OURS]
+    assert f"{OURS} 1000 (host), " in layers.line(row.name, written["parts"]["layers"]["rows"][row.name])
+    line = next(line for line in summary.markdown(written).splitlines() if line.startswith("| H=8"))
+    assert f" | {OURS} |" in line
 
 
 def test_results_that_differ_are_told(on_the_cpu: Results, monkeypatch: pytest.MonkeyPatch) -> None:

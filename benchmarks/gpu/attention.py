@@ -9,7 +9,7 @@ import torch
 import rnnkern
 from benchmarks.attention import EAGER, AttentionCase
 from benchmarks.gpu.device import DEVICE, DeviceClock, float32_products, peak_mib
-from benchmarks.gpu.layers import choice
+from benchmarks.gpu.layers import choice, times_of
 from benchmarks.peers import TOLERANCES, PeerDisagrees, check_agreement
 from benchmarks.runtimes import PeerUnavailable
 from rnnkern._bench.cases import OURS
@@ -68,8 +68,10 @@ def measure(case: AttentionCase, clock: DeviceClock, seconds: float) -> dict[str
                 result["disagrees"] = {OURS: str(error)}
         result["peak_mib"] = {name: peak_mib(function) for name, function in functions.items()}
         times = compare(functions, seconds=seconds, run=clock, sample_seconds=0.0, max_rounds=50)
+    device_seconds = {name: times.median(name) for name in functions}
     return result | {
-        "seconds": {name: times.median(name) for name in functions},
+        "seconds": device_seconds,
+        "host_bound": clock.host_bound(device_seconds, functions),
         "ratio": {peer: times.ratio(peer, OURS) for peer in functions if peer != OURS and OURS in functions},
         "rounds": len(times.samples[first]),
     }
@@ -79,6 +81,6 @@ def line(name: str, row: dict[str, Any]) -> str:
     """A row for the terminal."""
     if "seconds" not in row:
         return f"{name}: {row['failed']}"
-    times = ", ".join(f"{who} {1e6 * value:.0f}" for who, value in row["seconds"].items())
+    times = times_of(row)
     ratio = f"{row['ratio'][EAGER]:.2f}x {EAGER}, " if EAGER in row["ratio"] else ""
     return f"{name}: {ratio}us {times}; left out: {row['refused'] or 'none'}"

@@ -13,6 +13,21 @@ WAIT_AT_MOST = 2e-3
 WARM_UP_SECONDS = 0.3
 
 
+def ahead(launching: float) -> float:
+    """Seconds that a call's launches are queued ahead of the GPU, if the last one's took `launching` seconds."""
+    return min(1.5 * launching + 20e-6, WAIT_AT_MOST)
+
+
+def host_bound(seconds: float, launching: float) -> bool:
+    """Whether the GPU waited for launches in a call that took it `seconds`: its time is then that of the host.
+
+    Its launches came later than they could be queued ahead, and its work ended with the last of them. A call of which
+    the GPU waits in the middle and is behind at the end is not found.
+    """
+    late = launching - ahead(launching)
+    return late > 0 and seconds < 1.1 * late + 20e-6
+
+
 class DeviceClock:
     """The seconds that a call takes on the GPU, for `rnnkern._bench.timing.compare`.
 
@@ -42,12 +57,15 @@ class DeviceClock:
         end.synchronize()
         return 1e-3 * float(start.elapsed_time(end))
 
+    def host_bound(self, seconds: dict[str, float], functions: dict[str, Callable[[], object]]) -> list[str]:
+        """Whose calls, of those that took so many seconds, the GPU waited for."""
+        return [name for name, value in seconds.items() if host_bound(value, self.launching[functions[name]])]
+
     def __call__(self, function: Callable[[], object], calls: int) -> float:
         """Seconds of one call: each sample is one."""
         assert calls == 1
         self._cache.zero_()
-        wait = min(1.5 * self.launching.get(function, 0.0) + 20e-6, WAIT_AT_MOST)
-        torch.cuda._sleep(round(wait * self._cycles_per_second))
+        torch.cuda._sleep(round(ahead(self.launching.get(function, 0.0)) * self._cycles_per_second))
 
         def timed() -> None:
             begin = time.perf_counter()

@@ -111,8 +111,10 @@ def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any
         times = compare(
             functions, seconds=seconds, run=clock, sample_seconds=0.0, max_rounds=50, limits={EAGER: EAGER_ROUNDS}
         )
+    device_seconds = {name: times.median(name) for name in functions}
     result |= {
-        "seconds": {name: times.median(name) for name in functions},
+        "seconds": device_seconds,
+        "host_bound": clock.host_bound(device_seconds, functions),
         "launching_seconds": {name: clock.launching[function] for name, function in functions.items()},
         "ratio": {peer: times.ratio(peer, OURS) for peer in (TORCH, EAGER) if peer in functions},
         "ratio_quartiles": {peer: times.ratio_range(peer, OURS) for peer in (TORCH,) if peer in functions},
@@ -137,11 +139,17 @@ def kernels_line(name: str, row: dict[str, Any]) -> str:
     return f"{name}: {', '.join(told)}"
 
 
+def times_of(row: dict[str, Any]) -> str:
+    """Everybody's microseconds."""
+    waited = row["host_bound"]
+    return ", ".join(f"{who} {1e6 * t:.0f}{' (host)' * (who in waited)}" for who, t in row["seconds"].items())
+
+
 def line(name: str, row: dict[str, Any]) -> str:
     """A row for the terminal."""
     if "seconds" not in row:
         return f"{name}: {row.get('failed') or row['refused']}"
-    times = ", ".join(f"{who} {1e6 * value:.0f}" for who, value in row["seconds"].items())
+    times = times_of(row)
     ratio = f"{row['ratio'][TORCH]:.2f}x" if TORCH in row["ratio"] else "  ?  "
     wrong = f" DISAGREES: {row['disagrees']}" if row["disagrees"] else ""
     return f"{ratio:>7} {name}: us {times}{wrong}"

@@ -24,7 +24,8 @@ NOTE = (
     "`us a step` is the forward less the product of the inputs with W_ih, which is timed alone, over the steps. "
     f"`aimed at` is {SOURCE}; it is no measurement. "
     "`cuDNN` says whether its kernels keep the weights on the chip for all steps (persistent) or run step by step "
-    "(standard), by the names and the number of the kernels that it launched. fp32 does not allow TF32; all else does."
+    "(standard), by the names and the number of the kernels that it launched. fp32 does not allow TF32; all else does. "
+    "`host-bound` names those for whose launches the GPU waited: their time is Python's and the driver's."
 )
 
 
@@ -72,13 +73,14 @@ def layer_cells(row: Row, kernels: Row | None) -> list[str]:
         figure(step / aim.high if step is not None and aim is not None else None),
         cudnn_path(kernels, case["T"]),
         " / ".join(figure(peaks.get(name), ".0f") or "?" for name in (OURS, TORCH)) if peaks else "",
+        ", ".join(name for name in (OURS, TORCH) if name in row.get("host_bound", ())),
         "differs" if row["disagrees"] else "",
     ]
 
 
 HEAD = [
     *("", f"{OURS}, ms", "call, ms", f"x {TORCH}", f"x {EAGER}", "fastest engine", "us a step", f"us a step, {TORCH}"),
-    *("aimed at", "of that", "cuDNN", f"MiB, {OURS} / {TORCH}", "result"),
+    *("aimed at", "of that", "cuDNN", f"MiB, {OURS} / {TORCH}", "host-bound", "result"),
 ]
 
 
@@ -148,8 +150,14 @@ def attention_table(parts: Row) -> Iterator[str]:
         return
     yield "## Attention"
     names = list(dict.fromkeys(who for row in rows.values() for who in row["seconds"]))
-    cells = [[f"`{name}`", *(milliseconds(row["seconds"].get(who)) for who in names)] for name, row in rows.items()]
+
+    def time(row: Row, who: str) -> str:
+        return milliseconds(row["seconds"].get(who)) + " (host)" * (who in row.get("host_bound", ()))
+
+    cells = [[f"`{name}`", *(time(row, who) for who in names)] for name, row in rows.items()]
     yield table(["", *(f"{who}, ms" for who in names)], cells)
+    if any(row.get("host_bound") for row in rows.values()):
+        yield "(host): the GPU waited for launches."
     reasons = sorted({f"{who}: {why}" for row in rows.values() for who, why in row["refused"].items()})
     if reasons:
         yield "Left out: " + "; ".join(reasons) + "."
