@@ -175,7 +175,7 @@ int main() {
     }
   }
   // More parts of one row than join_single keeps factors of.
-  for (Score score : {Score::dot, Score::additive}) check_dtypes({score, 2, 1, 33000, 3, 2, 1.0, true, false}, seed++);
+  for (Score score : {Score::dot, Score::additive}) check_dtypes({score, 1, 1, 16500, 3, 2, 1.0, true, false}, seed++);
   for (double size : {9.9, 10.5, 30.0, 100.0}) {
     for (int64_t Tq : {1, 9, 40}) check_dtypes({Score::additive, 2, Tq, 70, 50, 5, size, false, size > 20}, seed++);
   }
