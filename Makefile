@@ -27,6 +27,7 @@ cpp := $(shell find csrc rnnkern/_bench benchmarks/gpu -name '*.h' -o -name '*.c
 # Two `make` at a time take turns in everything that writes to the environment or to build/.
 alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-directory
 comma := ,
+space := $() $()
 
 .PHONY: help demo test fuzz programs bench sweep streaming gpu-report build lint format ctest asan tsan sanitize cuda-check tools check clean distclean FORCE
 help:
@@ -82,10 +83,11 @@ format:
 	@$(python) -m ruff format .
 	@$(VENV)/bin/clang-format -i $(cpp)
 
-# The C++ tests need no torch, but CMake and Ninja come from the environment. $(4): more of CMake's options.
+# The C++ tests need no torch, but CMake and Ninja come from the environment. $(4): more of CMake's options; $(5): what to
+# build, or all.
 ctest_in = PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; \
   cmake -S . -B $(1) -G Ninja -DRNNKERN_TORCH=OFF -DRNNKERN_TESTS=ON -DRNNKERN_SANITIZE=$(2) $(4) >$(1).log || { cat $(1).log; exit 1; }; \
-  cmake --build $(1); ctest --test-dir $(1) --output-on-failure -j"$$(nproc)" $(3)
+  cmake --build $(1) $(5); ctest --test-dir $(1) --output-on-failure -j"$$(nproc)" $(3)
 
 ctest: tools
 	@mkdir -p build; $(call ctest_in,build/ctest,,$(ARGS))
@@ -108,9 +110,10 @@ asan: build
 	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m pytest -k "not ($(asan_less))" $(asan_tests) || status=$$?; \
 	wait $$fuzzer || status=$$?; cat fuzz.log; exit $$status
 
-# Threads are started in the engines and in the team only.
+# Threads are started in the CPU engines and in the team only.
+tsan_tests := layer team workspace attention
 tsan: tools
-	@mkdir -p build; $(call ctest_in,build/tsan,thread,-R 'layer|team|workspace|attention' $(ARGS))
+	@mkdir -p build; $(call ctest_in,build/tsan,thread,-R '^($(subst $(space),|,$(tsan_tests)))\.' $(ARGS),,--target $(tsan_tests:%=test_%))
 
 # From what ptxas said in the build, so that kernels are compiled once. ARGS=--update: this is what they need from now on.
 cuda-check: build
