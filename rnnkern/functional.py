@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rnnkern.ops.attention import Score, attend
+from rnnkern.ops.attention import Score, attend, place_lengths
 
 __all__ = ["Additive", "General", "attention"]
 
@@ -83,7 +83,9 @@ def attention(
         key: keys; Dk = Dq for the dot scores.  # [B, Tk, Dk]
         value: values; by default the keys, as they are given.  # [B, Tk, Dv]
         score: how a query and a key are compared, see above.
-        lengths: the number of valid keys of each row, 0..Tk, integers.  # [B]
+        lengths: the number of valid keys of each row, 0..Tk, integers, on the CPU or where query is. On a GPU both
+            come without a wait, and may be captured in a CUDA graph: it keeps the values of those on the CPU, and reads
+            those on the GPU anew at each replay.  # [B]
         key_padding_mask: True marks a key that is padding, as in torch.nn.MultiheadAttention.  # bool [B, Tk]
         need_weights: return the weights too.
 
@@ -94,7 +96,8 @@ def attention(
     Raises:
         TypeError: an argument that should be a tensor is not.
         ValueError: an unknown score; both lengths and key_padding_mask are given.
-        RuntimeError: rank, size, dtype or device of a tensor does not fit; a length is not within 0..Tk.
+        RuntimeError: rank, size, dtype or device of a tensor does not fit; a length on the CPU is not within 0..Tk. (On
+            a GPU nobody looks, since that would wait for it: the nearest of these is taken.)
 
     Source: Luong et al. 2015, https://arxiv.org/abs/1508.04025 (dot, general); Vaswani et al. 2017,
     https://arxiv.org/abs/1706.03762 (scaled dot); Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473 (additive).
@@ -188,7 +191,7 @@ def attend_checked(
     check_fit("value", value, (B, Tk, value.shape[2]), query)
     if vector is not None:
         check_fit("vector", vector, (D,), query)
-    lengths = check_padding(lengths, key_padding_mask, B, Tk, query.device)
+    lengths = check_padding(lengths, key_padding_mask, B, Tk, query)
     context, weights = attend(
         query,
         key,
@@ -228,7 +231,7 @@ def zero_padding(key: Tensor, lengths: Tensor | None, key_padding_mask: Tensor |
     if key.dim() != 3 or (lengths is None and key_padding_mask is None) or not torch.is_grad_enabled():
         return key
     B, Tk, _ = key.shape
-    lengths = check_padding(lengths, key_padding_mask, B, Tk, key.device)
+    lengths = check_padding(lengths, key_padding_mask, B, Tk, key)
     if lengths is not None:
         key_padding_mask = torch.arange(Tk, device=key.device) >= lengths[:, None]
     assert key_padding_mask is not None
@@ -274,26 +277,26 @@ def check_matrix(name: str, weight: Tensor, operand: Tensor, operand_name: str, 
 
 
 def check_padding(
-    lengths: Tensor | None, key_padding_mask: Tensor | None, B: int, Tk: int, device: torch.device
+    lengths: Tensor | None, key_padding_mask: Tensor | None, B: int, Tk: int, like: Tensor
 ) -> Tensor | None:
-    """Raises unless at most one of them is given and fits; returns the lengths as int64 on the device."""
+    """Raises unless at most one of them is given and fits; returns the lengths as int64 where query and key are."""
     if lengths is not None:
         if key_padding_mask is not None:
             raise ValueError("lengths, key_padding_mask: expected at most one of them, got both")
-        return check_lengths(lengths, B, device)
+        return place_lengths(check_lengths(lengths, B), Tk, like)
     if key_padding_mask is not None:
-        check_mask(key_padding_mask, B, Tk, device)
+        check_mask(key_padding_mask, B, Tk, like.device)
     return None
 
 
-def check_lengths(lengths: Tensor, B: int, device: torch.device) -> Tensor:
-    """Returns the lengths as int64 on the device; their values are checked where they are read."""
+def check_lengths(lengths: Tensor, B: int) -> Tensor:
+    """Returns the lengths as int64; their values are checked where they are read."""
     check_tensor("lengths", lengths)
     if lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype == torch.bool:
         raise RuntimeError(f"lengths: expected dtype torch.int64, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise RuntimeError(f"lengths: expected shape [{B}], one entry per row, got {list(lengths.shape)}")
-    return lengths.to(device, torch.int64)
+    return lengths.to(torch.int64)
 
 
 def check_mask(mask: Tensor, B: int, Tk: int, device: torch.device) -> None:

@@ -57,5 +57,9 @@ constexpr int kStepPhases = 3;
 
 RNNKERN_FN int64_t step_splits(int64_t Tk) { return Tk <= kStepKeys ? 1 : (Tk + kStepKeys - 1) / kStepKeys; }
 RNNKERN_FN int64_t step_counters(int64_t B) { return kStepPhases + B; }
+// Floats of query and parts.
+RNNKERN_FN int64_t step_scratch(int64_t B, int64_t Tk, int64_t D, int64_t Dv) {
+  return B * (D + step_splits(Tk) * (Dv + 2));
+}
 
 }  // namespace rnnkern::cuda

@@ -24,8 +24,16 @@ inline bool has_shape(const Tensor& tensor, int64_t B, int64_t T, int64_t C) {
   return tensor.dim() == 3 && tensor.size(0) == B && tensor.size(1) == T && tensor.size(2) == C;
 }
 
-// With contiguous rows, kept alive for the call; checked for what would read out of bounds, and for the values of
-// `lengths`, which Python cannot see while torch.compile traces. Of lengths on a GPU the kernels themselves take care.
+// Raises unless the lengths [B], on the CPU, are within 0..Tk: Python cannot see them while torch.compile traces.
+inline void check_lengths(const int64_t* lengths, int64_t B, int64_t Tk) {
+  for (int64_t b = 0; b < B; ++b) {
+    STD_TORCH_CHECK(lengths[b] >= 0 && lengths[b] <= Tk, "lengths: expected values in 0..", Tk,
+                    ", the number of keys, got ", lengths[b]);
+  }
+}
+
+// With contiguous rows, kept alive for the call; checked for what would read out of bounds. Of lengths on a GPU the
+// kernels themselves take care.
 struct AttentionArguments {
   AttentionArguments(const Tensor& query_, const Tensor& key_, const Tensor& value_, const OptionalTensor& vector_,
                      const OptionalTensor& lengths_, const OptionalTensor& mask_, const std::string& score,
@@ -64,11 +72,7 @@ struct AttentionArguments {
                     "rnnkern::attention: mask must be bool [B, Tk]");
     STD_TORCH_CHECK(!lengths.has_value() || (lengths->numel() == in.B && lengths->scalar_type() == ScalarType::Long),
                     "rnnkern::attention: lengths must be int64 [B]");
-    const bool readable = lengths.has_value() && lengths->is_cpu();
-    for (int64_t b = 0; readable && b < in.B; ++b) {
-      STD_TORCH_CHECK(in.lengths[b] >= 0 && in.lengths[b] <= in.Tk, "lengths: expected values in 0..", in.Tk,
-                      ", the number of keys, got ", in.lengths[b]);
-    }
+    if (lengths.has_value() && lengths->is_cpu()) check_lengths(in.lengths, in.B, in.Tk);
   }
 
   const Tensor query, key, value;

@@ -2,6 +2,7 @@
 //
 // Compiled twice: for CUDA tensors, and, with emulated kernels, for tensors on the CPU.
 #include "cuda/attention.h"
+#include "cuda/lengths.h"
 #include "torch/attention_arguments.h"
 #include "torch/gpu.h"
 
@@ -13,15 +14,10 @@ struct GpuAttention {
                const OptionalTensor& lengths, const OptionalTensor& mask, const std::string& score, double scale)
       : args(query, key, value, vector, lengths, mask, score, scale), gpu(args.query), in(args.in) {
     STD_TORCH_CHECK(in.dtype != Dtype::f64, "rnnkern::cuda_attention: float64 is not supported");
-    for (const OptionalTensor& tensor :
-         {OptionalTensor(args.query), OptionalTensor(args.key), OptionalTensor(args.value), args.vector, args.mask}) {
-      STD_TORCH_CHECK(!tensor.has_value() || tensor->device() == args.query.device(),
-                      "rnnkern::cuda_attention: the tensors are on different devices");
+    for (const OptionalTensor& tensor : {OptionalTensor(args.query), OptionalTensor(args.key),
+                                         OptionalTensor(args.value), args.vector, args.lengths, args.mask}) {
       gpu.data(tensor);
     }
-    if (!args.lengths.has_value()) return;
-    device_lengths = gpu.on_device(*args.lengths);
-    in.lengths = static_cast<const int64_t*>(gpu.data(device_lengths));
   }
 
   // Memory for `bytes`, which lives as long as this.
@@ -32,8 +28,7 @@ struct GpuAttention {
 
   const AttentionArguments args;
   Gpu gpu;
-  AttentionInputs in;
-  OptionalTensor device_lengths;
+  const AttentionInputs& in;
 
  private:
   OptionalTensor scratch_;
@@ -76,7 +71,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_attention_backward(OptionalTenso
   return {dquery, dkey, dvalue, dvector};
 }
 
+Tensor cuda_lengths(Tensor lengths, int64_t Tk, Tensor like) {
+  STD_TORCH_CHECK(lengths.is_cpu() && lengths.dim() == 1 && lengths.scalar_type() == ScalarType::Long,
+                  "rnnkern::cuda_lengths: lengths must be int64 [B] on the CPU");
+  Gpu gpu(like);
+  const Tensor given = make_contiguous(lengths);
+  const int64_t B = given.size(0), *const values = static_cast<const int64_t*>(given.const_data_ptr());
+  check_lengths(values, B, Tk);
+  Tensor placed = gpu.empty({B}, ScalarType::Long);
+  cuda::place_lengths(values, B, static_cast<int64_t*>(gpu.data(placed)), gpu.stream());
+  return placed;
+}
+
 STABLE_TORCH_LIBRARY_IMPL(rnnkern, RNNKERN_GPU_KEY, m) {
+  m.impl("cuda_lengths", TORCH_BOX(&cuda_lengths));
   m.impl("cuda_attention", TORCH_BOX(&cuda_attention));
   m.impl("cuda_attention_inference", TORCH_BOX(&cuda_attention));
   m.impl("cuda_attention_backward", TORCH_BOX(&cuda_attention_backward));

@@ -1,7 +1,8 @@
 // A step of decoding on a GPU in one launch, without gradients: a cell, or a cell and its attention.
 //
-// Compiled twice, like cuda_layer.cpp. Outputs are new: h' cannot lie where h is (cuda/step.h). In a CUDA graph every
-// tensor must be contiguous and on the device, lengths too: what is not is copied by torch first.
+// Compiled twice, like cuda_layer.cpp. Outputs are new: h' cannot lie where h is (cuda/step.h). What is not contiguous
+// is copied by torch first. Nothing else is allocated: counters and scratch are the caller's, for all steps of a
+// sequence.
 #include <limits>
 #include <string>
 
@@ -97,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_attention_step(std::string cell, Tensor 
                                                        Tensor w_ih, Tensor w_hh, OptionalTensor b_ih,
                                                        OptionalTensor b_hh, OptionalTensor w_query, Tensor key,
                                                        Tensor value, OptionalTensor vector, OptionalTensor lengths,
-                                                       double scale, Tensor counters) {
+                                                       double scale, Tensor counters, Tensor scratch) {
   StepArguments args(cell, x, h, c, w_ih, w_hh, b_ih, b_hh);
   Gpu& gpu = args.gpu;
   STD_TORCH_CHECK(key.dim() == 3 && value.dim() == 3, "rnnkern::cuda_attention_step: key and value must be [B, Tk, D]");
@@ -114,16 +115,18 @@ std::tuple<Tensor, Tensor, Tensor> cuda_attention_step(std::string cell, Tensor 
   STD_TORCH_CHECK(counters.scalar_type() == ScalarType::Int && counters.is_contiguous() &&
                       counters.numel() == cuda::step_counters(B),
                   "rnnkern::cuda_attention_step: counters must be int32 [", cuda::step_counters(B), "]");
+  STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Float && scratch.is_contiguous() &&
+                      scratch.numel() >= cuda::step_scratch(B, Tk, D, Dv),
+                  "rnnkern::cuda_attention_step: scratch must be float32 [", cuda::step_scratch(B, Tk, D, Dv),
+                  "] or more");
   const Tensor keys = contiguous_rows(key), values = contiguous_rows(value);
   const OptionalTensor project = make_contiguous(w_query), weights = make_contiguous(vector);
-  OptionalTensor valid;
-  if (lengths.has_value()) valid = gpu.on_device(make_contiguous(*lengths));
-  Tensor context = gpu.empty({B, Dv}, args.dtype), query = gpu.empty({B, D}, Dtype::f32);
-  Tensor parts = gpu.empty({B, cuda::step_splits(Tk), Dv + 2}, Dtype::f32);
+  const OptionalTensor valid = make_contiguous(lengths);
+  Tensor context = gpu.empty({B, Dv}, args.dtype);
+  float* const query = static_cast<float*>(gpu.data(scratch));
   args.launchers().attention(
       {args.step, Tk, int(D), int(Dv), gpu.data(project), rows_of(gpu, keys), rows_of(gpu, values), gpu.data(weights),
-       float(scale), static_cast<const int64_t*>(gpu.data(valid)), gpu.data(context),
-       static_cast<float*>(gpu.data(query)), static_cast<float*>(gpu.data(parts)),
+       float(scale), static_cast<const int64_t*>(gpu.data(valid)), gpu.data(context), query, query + B * D,
        static_cast<unsigned*>(gpu.data(counters))},
       gpu.stream());
   return {args.h_next, args.c_next, context};

@@ -61,11 +61,6 @@ class Gpu {
   }
   Tensor empty(const std::vector<int64_t>& sizes, Dtype dtype) { return empty(sizes, scalar_type_of(dtype)); }
 
-  // The same values where kernels can read them.
-  Tensor on_device(const Tensor& tensor) {
-    return tensor.device() == like_.device() ? tensor : torch::stable::to(tensor, like_.device());
-  }
-
   // A tensor's address, for kernels; null for none.
   void* data(const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.device() == like_.device(), "rnnkern: all tensors of a GPU operator must be on one device");

@@ -169,11 +169,13 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
         ") -> " RNNKERN_GRADIENT_SCHEMA);
   // What the engine does that would run a layer forward or backward.
   m.def("cuda_plan(str cell, Tensor x, Tensor h0, " RNNKERN_ENGINE_SCHEMA ", bool backward) -> str");
+  // Lengths on the CPU, each 0..Tk, to the device of `like` with a launch: see cuda_attention.cpp.
+  m.def("cuda_lengths(Tensor lengths, int Tk, Tensor like) -> Tensor");
   // See cuda_step.cpp.
   m.def("cuda_cell_step(str cell, " RNNKERN_STEP_SCHEMA ") -> (Tensor h_next, Tensor c_next)");
   m.def("cuda_attention_step(str cell, " RNNKERN_STEP_SCHEMA
         ", Tensor? w_query, Tensor key, Tensor value, Tensor? vector, Tensor? lengths, float scale, "
-        "Tensor(a!) counters) -> (Tensor h_next, Tensor c_next, Tensor context)");
+        "Tensor(a!) counters, Tensor(b!) scratch) -> (Tensor h_next, Tensor c_next, Tensor context)");
   m.def("pack(str cell, " RNNKERN_WEIGHT_SCHEMA ") -> Tensor");
   m.def("pack_int8(str cell, " RNNKERN_WEIGHT_SCHEMA ", " RNNKERN_SCALE_SCHEMA ") -> Tensor");
 }

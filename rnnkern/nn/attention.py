@@ -57,7 +57,7 @@ class _Attention(Leaf):
             query: queries.  # [B, Tq, Dq], or [B, Dq] for one query per row
             key: keys.  # [B, Tk, Dk]
             value: values; by default the keys.  # [B, Tk, Dv]
-            lengths: number of valid keys of each row, 0..Tk.  # [B]
+            lengths: number of valid keys of each row, 0..Tk, on the CPU or where query is.  # [B]
             key_padding_mask: True marks a key that is padding.  # bool [B, Tk]
             need_weights: return the weights too.
             projected_key: what ``project_keys(key)`` gave, so that a decoder projects once per source.
@@ -69,7 +69,7 @@ class _Attention(Leaf):
         Raises:
             TypeError: an argument that should be a tensor is not.
             ValueError: both lengths and key_padding_mask are given.
-            RuntimeError: rank, size, dtype or device of a tensor does not fit; a length is not within 0..Tk.
+            RuntimeError: rank, size, dtype or device of a tensor does not fit; a length on the CPU is not within 0..Tk.
         """
         if isinstance(query, Proxy):
             return self._traced(

@@ -17,7 +17,9 @@ _KEYWORDS = """
 
     - `lengths`: integer tensor `[B]`, the steps of each row, in any order, zeros allowed. Past a row's end the output
       is zero and h_n is the state at its end; the reverse direction starts at each row's own last step. A row of length
-      zero returns its initial state. Not together with a PackedSequence, which has its own.
+      zero returns its initial state. Not together with a PackedSequence, which has its own. They belong on the CPU,
+      where they decide what runs: those on a GPU are copied, which waits for it, and are refused while a CUDA graph is
+      captured. A graph keeps the lengths that it was captured with.
     - `resets`: bool tensor of the layout of the input without features (`[T, B]`; `[B, T]` if batch_first; `[T]`
       unbatched). Where it is True an episode starts: the forward state is zero again before that step, the reverse
       state before the step ahead of it, and no gradient crosses. The result equals running the episodes one by one; hx

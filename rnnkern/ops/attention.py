@@ -4,7 +4,8 @@ C++ (`csrc/torch/attention.cpp`) defines the schemas and the CPU kernels:
   rnnkern::attention            has an autograd formula
   rnnkern::attention_inference  the same without one, which alone would cost microseconds per call
   rnnkern::attention_backward   every first gradient; its own gradient goes through the eager reference
-rnnkern::cuda_attention and its kin (`csrc/torch/cuda_attention.cpp`) are the same on a GPU, or emulated.
+rnnkern::cuda_attention and its kin (`csrc/torch/cuda_attention.cpp`) are the same on a GPU, or emulated; there
+rnnkern::cuda_lengths brings lengths from the CPU.
 The operators trust their input; `rnnkern.functional.attention` checks it.
 """
 
@@ -187,24 +188,50 @@ def _register(prefix: str) -> Operators:
     return Operators(attention, inference, backward, Function.apply)
 
 
+def _fake_lengths(lengths: Tensor, Tk: int, like: Tensor) -> Tensor:
+    return like.new_empty(lengths.shape, dtype=torch.int64)
+
+
 OPERATORS: dict[str, Operators] = {}  # by backend
 if _library.available:
+    torch.library.register_fake("rnnkern::cuda_lengths", _fake_lengths)
     OPERATORS["cpu"] = _register("")
     OPERATORS["cuda"] = OPERATORS[_dispatch.EMULATED] = _register("cuda_")
 
 
-def refusal(backend: str, device: str, dtype: torch.dtype, transformed: bool) -> str:
+def refusal(backend: str, device: torch.device, dtype: torch.dtype, transformed: bool) -> str:
     """Why the kernels of a backend cannot run this attention, "" if they can."""
     if backend == "triton":
         return "triton kernels are not part of this version"
     own = "cuda" if backend == "cuda" else "cpu"
-    if device != own:
-        return f"the tensors are on {device}, not on the {own}"
+    if device.type != own:
+        return f"the tensors are on {device.type}, not on the {own}"
     if dtype not in _dispatch.KERNEL_DTYPES or (backend != "cpu" and dtype == torch.float64):
         return f"{dtype} is not supported by {backend} kernels"
     if transformed:
         return f"{_dispatch.TRANSFORMED} by {backend} kernels"
-    return _library.missing[backend]
+    return _library.missing_on(device)[backend]
+
+
+def place_lengths(lengths: Tensor, Tk: int, like: Tensor) -> Tensor:
+    """Lengths [B], int64, on the device of another tensor.
+
+    From the CPU they come to a GPU with a launch: a copy would wait for the GPU, and a CUDA graph does not take one.
+
+    Raises:
+        RuntimeError: a length on the CPU is not within 0..Tk, and goes to a GPU, where nobody could tell.
+    """
+    device, compiling = like.device, torch.compiler.is_compiling()
+    emulated = _dispatch.forced() == _dispatch.EMULATED
+    if not lengths.is_cpu or not (like.is_cuda or emulated):
+        return lengths.to(device)
+    absent = _library.missing_on(device)["cuda" if like.is_cuda else _dispatch.EMULATED]
+    if absent or onnx.exporting() or (not compiling and _dispatch.transformed()):
+        return lengths.to(device)
+    if not compiling:
+        _check_range(lengths, Tk)
+    placed: Tensor = torch.ops.rnnkern.cuda_lengths.default(lengths, Tk, like)
+    return placed
 
 
 def attend(
@@ -215,7 +242,7 @@ def attend(
     score: Score,
     vector: Tensor | None = None,  # [D], for the additive score
     scale: float = 1.0,  # of the dot score
-    lengths: Tensor | None = None,  # int64 [B]
+    lengths: Tensor | None = None,  # int64 [B], of `place_lengths`
     mask: Tensor | None = None,  # bool [B, Tk], True is padding
     need_weights: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -234,7 +261,7 @@ def attend(
     forced = None if exporting else _dispatch.forced()  # what is exported runs on none of our backends
     transformed = not compiling and _dispatch.transformed()
     backend = forced or ("cuda" if device == "cuda" else "cpu")
-    why = "forced" if backend == "eager" else refusal(backend, device, query.dtype, transformed)
+    why = "forced" if backend == "eager" else refusal(backend, query.device, query.dtype, transformed)
     if exporting:
         why = "ONNX has no such operator"
     if why and forced not in (None, "eager"):

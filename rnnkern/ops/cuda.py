@@ -6,7 +6,7 @@ float32 may be TF32. `csrc/torch/cuda_step.cpp` has single steps in one launch, 
 rnnkern::cuda_cell_step and rnnkern::cuda_attention_step.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,8 +98,8 @@ FUSED_ROWS = 32
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def fuses(cell: str, x: Tensor, h: Tensor) -> bool:
-    """Whether a step without gradients of x [B, I] and h [B, H] is one launch on the backend that runs here."""
+def fuses(cell: str, x: Tensor, H: int) -> bool:
+    """Whether a step without gradients of rows x [B, ...] and H units is one launch on the backend that runs here."""
     if x.is_cpu and not _dispatch._overrides:
         return False
     forced = _dispatch.forced()
@@ -112,11 +112,36 @@ def fuses(cell: str, x: Tensor, h: Tensor) -> bool:
         and x.shape[0] <= FUSED_ROWS
         and not onnx.exporting()
         and not _dispatch.refusal(
-            backend, cell, x.device.type, x.dtype, h.shape[1], transformed=changed, missing=_library.missing
+            backend, cell, x.device.type, x.dtype, H, transformed=changed, missing=_library.missing_on(x.device)
         )
     )
 
 
-def step_counters(B: int, device: torch.device) -> Tensor:
-    """What `attention_step` of B rows counts with: zero between launches, for one launch at a time."""
-    return torch.zeros(3 + B, dtype=torch.int32, device=device)
+class StepWorkspace(NamedTuple):
+    """What the steps of a sequence keep from one launch of `attention_step` to the next; for one launch at a time."""
+
+    counters: Tensor  # int32 [3 + B]: zero between launches
+    scratch: Tensor  # float32: of one launch alone
+
+    def fits(self, key: Tensor, value: Tensor) -> bool:
+        """Whether it is one for steps that attend to these."""
+        counters, scratch = _workspace_sizes(key, value)
+        return self.counters.shape[0] == counters and self.scratch.shape[0] >= scratch
+
+
+STEP_KEYS = 32  # keys of a part of a row: kStepKeys of csrc/cuda/step.h
+
+
+def _workspace_sizes(key: Tensor, value: Tensor) -> tuple[int, int]:
+    B, Tk, D = key.shape
+    parts = max(1, -(-Tk // STEP_KEYS))
+    return 3 + B, B * (D + parts * (value.shape[2] + 2))
+
+
+def step_workspace(
+    key: Tensor,  # [B, Tk, D]
+    value: Tensor,  # [B, Tk, Dv]
+) -> StepWorkspace:
+    """A workspace for steps that attend to these."""
+    counters, scratch = _workspace_sizes(key, value)
+    return StepWorkspace(key.new_zeros(counters, dtype=torch.int32), key.new_empty(scratch, dtype=torch.float32))

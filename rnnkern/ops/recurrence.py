@@ -84,6 +84,9 @@ _apply_layer: Any = _Layer.apply
 def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
     """Returns lengths as an int64 tensor on the CPU, [B]; raises RuntimeError if one is not within 0..T.
 
+    There they decide what is launched, so that those on a GPU have to be waited for. While a CUDA graph is captured
+    that cannot be: RuntimeError says so.
+
     Under `torch.compile` only the kernels look at the values, with the same exception.
     """
     if not isinstance(lengths, Tensor):
@@ -94,6 +97,11 @@ def check_lengths(lengths: Tensor, T: int, B: int) -> Tensor:
         raise RuntimeError(f"lengths must be integers. Expected torch.int64, got {lengths.dtype}")
     if lengths.device.type == "meta":
         raise RuntimeError("lengths must hold values, got a tensor on the meta device")
+    if lengths.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lengths must be on the CPU while a CUDA graph is captured, which keeps their values; "
+            f"got a tensor on {lengths.device}"
+        )
     lengths = lengths.detach().to("cpu", torch.int64)
     if B > 0 and not torch.compiler.is_compiling():  # a traced program cannot look at values: the kernels refuse
         values = lengths

@@ -84,7 +84,7 @@ def step(
             packs.forget()
         result = _apply_cell_step(cell, x, h, c, *used)
         return (result, None) if c is None else result
-    if not gradients and torch._C._get_tracing_state() is None and cuda.fuses(cell, x, h):
+    if not gradients and torch._C._get_tracing_state() is None and cuda.fuses(cell, x, h.shape[1]):
         _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False, fused=True)  # for `explain`
         check_weights(x, weights, cell, h, h)
         next_h, next_c = torch.ops.rnnkern.cuda_cell_step.default(cell, x, h, c, *used)
@@ -106,27 +106,27 @@ def attention_step(
     w_query: Tensor | None = None,  # [D, H]; None: the query is h', and D = H
     vector: Tensor | None = None,  # [D]: the additive score; None: the dot score
     scale: float = 1.0,  # of the dot score
-    lengths: Tensor | None = None,  # int64 [B]
-    counters: Tensor | None = None,  # of `cuda.step_counters`; None makes them anew, by another launch
+    lengths: Tensor | None = None,  # int64 [B], of `place_lengths`
+    workspace: cuda.StepWorkspace | None = None,  # None, or another's: made anew, by another launch
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """A step, and the attention of its new h: `step`, then `attend`. Returns the next h and c, and context [B, Dv].
 
-    On a GPU, without gradients, it is one launch; lengths should lie there, since they are copied otherwise. The query
-    w_query h' is then not rounded to the dtype of h.
+    On a GPU, without gradients, it is one launch, which allocates its results alone and may be captured in a CUDA
+    graph. The query w_query h' is then not rounded to the dtype of h.
     """
     used = weights[:4]
     inputs = x, h, c, *used, w_query, key, value, vector
     gradients = torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs])
-    if not gradients and torch._C._get_tracing_state() is None and cuda.fuses(cell, x, h):
+    if not gradients and torch._C._get_tracing_state() is None and cuda.fuses(cell, x, h.shape[1]):
         chosen = _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False, fused=True)  # for `explain`
         sizes = (x.shape[0], 1, *key.shape[1:], value.shape[2])
         score = "dot" if vector is None else "additive"
         _dispatch.note(_dispatch.AttentionNote, score, str(x.device), str(x.dtype), *sizes, chosen, "")
         check_weights(x, weights, cell, h, h)
-        if counters is None:
-            counters = cuda.step_counters(x.shape[0], x.device)
+        if workspace is None or not workspace.fits(key, value):
+            workspace = cuda.step_workspace(key, value)
         next_h, next_c, context = torch.ops.rnnkern.cuda_attention_step.default(
-            *(cell, x, h, c, *used, w_query, key, value, vector, lengths, scale, counters)
+            *(cell, x, h, c, *used, w_query, key, value, vector, lengths, scale, *workspace)
         )
         return next_h, None if c is None else next_c, context
     next_h, next_c = step(cell, x, h, c, weights)

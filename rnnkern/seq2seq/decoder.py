@@ -7,6 +7,9 @@ from torch import Tensor, nn
 
 from rnnkern import nn as rnn
 from rnnkern.functional import check_tensor
+from rnnkern.ops import cuda
+from rnnkern.ops.attention import place_lengths
+from rnnkern.seq2seq._step import fused_step
 from rnnkern.seq2seq.encoder import (
     State,
     check_dropout,
@@ -21,17 +24,20 @@ ATTENTIONS = ("none", "dot", "general", "additive")
 
 
 class Memory(NamedTuple):
-    """A source made ready for attention: what every step of the decoder reads and none changes.
+    """A source made ready for attention, once: what every step of the decoder reads.
 
     Attributes:
         values: outputs of the encoder.  # [B, Tk, M]
         projected: keys as the score needs them, projected once; None without attention.
-        lengths: number of valid positions of each row; None where all are.  # [B]
+        lengths: number of valid positions of each row, on the device of values; None where all are.  # [B]
+        workspace: what steps write to on a GPU, one at a time: two that run at once (on two streams) need a memory
+            each; None elsewhere, and if gradients were enabled.
     """
 
     values: Tensor
     projected: Any
     lengths: Tensor | None
+    workspace: cuda.StepWorkspace | None = None
 
 
 class Decoder(nn.Module):
@@ -147,8 +153,29 @@ class Decoder(nn.Module):
         if values.shape[2] != self.memory_size:
             raise RuntimeError(f"memory: expected last size {self.memory_size}, got shape {list(memory.shape)}")
         lengths = check_lengths(lengths, values.shape[1], values.shape[0])
-        projected = None if self.attention is None else self.attention.project_keys(values)
-        return Memory(values, projected, lengths)
+        if lengths is not None:
+            lengths = place_lengths(lengths, values.shape[1], values)
+        return self._memory(values, None if self.attention is None else self.attention.project_keys(values), lengths)
+
+    def select_rows(self, memory: Memory, rows: Tensor) -> Memory:
+        """Gives the memory of these rows of the batch, for a search that goes on with some of them.
+
+        Args:
+            memory: what ``prepare`` made of the source.
+            rows: integers, in any order, on the device of the memory.  # [B']
+        """
+        values, projected, lengths, _ = memory
+        return self._memory(
+            values.index_select(0, rows),
+            None if projected is None else projected.index_select(0, rows),
+            None if lengths is None else lengths.index_select(0, rows),
+        )
+
+    def _memory(self, values: Tensor, projected: Any, lengths: Tensor | None) -> Memory:
+        fused = (
+            projected is not None and not torch.is_grad_enabled() and cuda.fuses(self.cell, values, self.hidden_size)
+        )
+        return Memory(values, projected, lengths, cuda.step_workspace(projected, values) if fused else None)
 
     def forward(
         self, tokens: Tensor, state: State, memory: Memory, *, need_weights: bool = False
@@ -173,19 +200,22 @@ class Decoder(nn.Module):
             RuntimeError: tokens is not integral; the batch sizes of tokens, state and memory differ.
         """
         check_tokens(tokens, "tokens")
-        _check_memory(memory)
+        self._check_memory(memory, need_weights)
         tokens = tokens.transpose(0, 1) if self.batch_first else tokens  # [T, B]
         if tokens.shape[1] != memory.values.shape[0]:
             raise RuntimeError(
                 f"tokens: expected the batch size {memory.values.shape[0]} of memory, got {tokens.shape[1]}"
             )
-        logits, state, weights = self._run(tokens, state, memory, need_weights)  # [B, T, V]
+        logits, state, weights = self._run(self._embed(tokens), state, memory, need_weights)  # [B, T, V]
         return logits if self.batch_first else logits.transpose(0, 1), state, weights
 
     def step(
         self, tokens: Tensor, state: State, memory: Memory, *, need_weights: bool = False
     ) -> tuple[Tensor, State, Tensor | None]:
         """Runs one step of every row, as a search does.
+
+        On a GPU, without gradients, the attention weights or autocast, each layer is one launch, the last with the
+        attention that follows it. Nothing is copied from the CPU or waited for, and a CUDA graph may hold the step.
 
         Args:
             tokens: the last symbol of each row.  # [B]
@@ -199,21 +229,30 @@ class Decoder(nn.Module):
             and the attention weights or None.  # [B, Tk]
         """
         check_tensor("tokens", tokens)
-        _check_memory(memory)
+        self._check_memory(memory, need_weights)
         if tokens.dim() != 1:
             raise ValueError(f"tokens: expected a 1-D tensor, got shape {list(tokens.shape)}")
-        logits, state, weights = self._run(tokens.unsqueeze(0), state, memory, need_weights)
+        embedded = self._embed(tokens)  # [B, E]
+        stepped = None if need_weights else fused_step(self.recurrent, self.attention, embedded, state, *memory)
+        if stepped is not None:
+            return self._logits(stepped.context, stepped.hidden), stepped.state, None
+        logits, state, weights = self._run(embedded.unsqueeze(0), state, memory, need_weights)
         return logits.squeeze(1), state, None if weights is None else weights.squeeze(1)
 
+    def _embed(self, tokens: Tensor) -> Tensor:
+        embedded: Tensor = self.dropout(self.embedding(tokens))
+        return embedded
+
     def _run(
-        self, tokens: Tensor, state: State, memory: Memory, need_weights: bool
+        self,
+        embedded: Tensor,  # [T, B, E]
+        state: State,
+        memory: Memory,
+        need_weights: bool,
     ) -> tuple[Tensor, State, Tensor | None]:
-        if need_weights and self.attention is None:
-            raise ValueError("need_weights: this decoder has no attention (attention='none')")
-        embedded = self.dropout(self.embedding(tokens))  # [T, B, E]
         hidden, state = self.recurrent(embedded, state)  # [T, B, H]
         hidden = hidden.transpose(0, 1)  # [B, T, H]
-        weights = None
+        context = weights = None
         if self.attention is not None:
             context, weights = self.attention(
                 hidden,
@@ -222,18 +261,28 @@ class Decoder(nn.Module):
                 lengths=memory.lengths,
                 need_weights=need_weights,
             )  # [B, T, M]
-            hidden = torch.cat((context, hidden), dim=2)  # [B, T, M+H]
-        attended = self.dropout(torch.tanh(self.combine(hidden)))  # [B, T, H]
-        return self.output(attended), state, weights
+        return self._logits(context, hidden), state, weights
+
+    def _logits(
+        self,
+        context: Tensor | None,  # [..., M]
+        hidden: Tensor,  # [..., H]
+    ) -> Tensor:
+        if context is not None:
+            hidden = torch.cat((context, hidden), dim=-1)
+        attended = self.dropout(torch.tanh(self.combine(hidden)))
+        logits: Tensor = self.output(attended)
+        return logits
+
+    def _check_memory(self, memory: object, need_weights: bool) -> None:
+        if not isinstance(memory, Memory):
+            raise TypeError(f"memory: expected what Decoder.prepare returns, got {type(memory).__name__}")
+        if need_weights and self.attention is None:
+            raise ValueError("need_weights: this decoder has no attention (attention='none')")
 
     def extra_repr(self) -> str:
         """Names the cell, the score and the layout."""
         return f"cell={self.cell!r}, attention={self.score!r}, batch_first={self.batch_first}"
-
-
-def _check_memory(memory: object) -> None:
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory: expected what Decoder.prepare returns, got {type(memory).__name__}")
 
 
 def _make_attention(

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern.seq2seq.decoder import Memory
 from rnnkern.seq2seq.encoder import State, check_integer, check_symbol
 from rnnkern.seq2seq.model import Seq2Seq
 
@@ -113,19 +112,14 @@ def greedy_search(
         if 2 * written.numel() <= rows.numel():
             keep = writing.nonzero().squeeze(1)
             rows, previous = written, previous[keep]
-            state, memory = _select_rows(state, memory, keep)
+            state, memory = _select_rows(state, keep), model.decoder.select_rows(memory, keep)
     longest = int(found.max()) if batch_size else 0
     if weights is not None:
         weights = weights[:, :longest]
     return SearchResult(tokens[:, :longest], found, scores, finished, weights)
 
 
-def _select_rows(state: State, memory: Memory, keep: Tensor) -> tuple[State, Memory]:
-    """Keeps these rows of what the decoder reads."""
+def _select_rows(state: State, keep: Tensor) -> State:
     if isinstance(state, tuple):
-        state = (state[0].index_select(1, keep), state[1].index_select(1, keep))
-    else:
-        state = state.index_select(1, keep)
-    projected = None if memory.projected is None else memory.projected.index_select(0, keep)
-    lengths = None if memory.lengths is None else memory.lengths.index_select(0, keep.to(memory.lengths.device))
-    return state, Memory(memory.values.index_select(0, keep), projected, lengths)
+        return state[0].index_select(1, keep), state[1].index_select(1, keep)
+    return state.index_select(1, keep)
