@@ -134,15 +134,16 @@ def test_a_cell_and_attention(
     assert_same_bits(actual, attended(*sizes, EMULATED))
 
 
-def test_counters_are_left_zero_and_may_be_kept() -> None:
+def test_the_workspace_may_be_kept_and_is_left_clean() -> None:
     layer = make_layer("gru", 1, 3, 4, 5)
-    counters = cuda.step_counters(3, torch.device("cpu"))
     key = torch.randn(3, 50, 5)
+    workspace = cuda.step_workspace(key, key)
+    workspace.scratch.fill_(torch.nan)
     inputs = "gru", layer.x[0], layer.h0[0], None, layer.weights[:4] + (None,) * 4, key, key
     with torch.no_grad(), rnnkern.backend(EMULATED):
-        first = attention_step(*inputs, counters=counters)
-        assert not counters.any()
-        again = attention_step(*inputs, counters=counters)
+        first = attention_step(*inputs, workspace=workspace)
+        assert not workspace.counters.any()
+        again = attention_step(*inputs, workspace=workspace)
         notes = rnnkern.explain(attention_step, *inputs).layers
     assert torch.equal(first[2], again[2])
     assert [note.backend for note in notes] == [EMULATED, EMULATED]
@@ -168,8 +169,8 @@ def test_opcheck(cell: str) -> None:
     c = None if layer.c0 is None else layer.c0[0]
     inputs = cell, layer.x[0], layer.h0[0], c, *layer.weights[:4]
     torch.library.opcheck(torch.ops.rnnkern.cuda_cell_step.default, inputs)
-    key, value, counters = torch.randn(2, 9, 5), torch.randn(2, 9, 3), cuda.step_counters(2, torch.device("cpu"))
-    attention = None, key, value, torch.randn(5), torch.tensor([9, 4]), 1.0, counters
+    key, value = torch.randn(2, 9, 5), torch.randn(2, 9, 3)
+    attention = None, key, value, torch.randn(5), torch.tensor([9, 4]), 1.0, *cuda.step_workspace(key, value)
     torch.library.opcheck(torch.ops.rnnkern.cuda_attention_step.default, (*inputs, *attention))
 
 
@@ -185,13 +186,16 @@ def test_what_does_not_fit_is_refused() -> None:
         run("gru", x, h, h, *weights)
     with pytest.raises(RuntimeError, match="float64 has no fused step"):
         run("gru", x.double(), h.double(), None, *(w.double() for w in weights))
-    run, counters = torch.ops.rnnkern.cuda_attention_step, cuda.step_counters(2, torch.device("cpu"))
+    run, workspace = torch.ops.rnnkern.cuda_attention_step, cuda.step_workspace(key, key)
+    counters, scratch = workspace
     with pytest.raises(RuntimeError, match="without w_query keys must be as large as h"):
-        run("gru", x, h, None, *weights, None, key[..., 1:], key, None, None, 1.0, counters)
+        run("gru", x, h, None, *weights, None, key[..., 1:], key, None, None, 1.0, *workspace)
     with pytest.raises(RuntimeError, match=r"counters must be int32 \[5\]"):
-        run("gru", x, h, None, *weights, None, key, key, None, None, 1.0, counters[1:])
+        run("gru", x, h, None, *weights, None, key, key, None, None, 1.0, counters[1:], scratch)
+    with pytest.raises(RuntimeError, match=r"scratch must be float32 \[24\] or more"):
+        run("gru", x, h, None, *weights, None, key, key, None, None, 1.0, counters, scratch[1:])
     with pytest.raises(RuntimeError, match="lengths does not fit"):
-        run("gru", x, h, None, *weights, None, key, key, None, torch.tensor([1]), 1.0, counters)
+        run("gru", x, h, None, *weights, None, key, key, None, torch.tensor([1]), 1.0, *workspace)
 
 
 def test_compiled() -> None:

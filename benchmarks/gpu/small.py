@@ -14,7 +14,7 @@ from benchmarks.gpu.machine import CannotRun, need_kernels
 from rnnkern._bench.cases import OURS, Case, modules, runner
 from rnnkern.cells import CELLS as CELLS_OF
 from rnnkern.ops._dispatch import ENGINES
-from rnnkern.ops.cuda import step_counters
+from rnnkern.ops.cuda import step_workspace
 from rnnkern.ops.step import attention_step, step
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -43,7 +43,7 @@ def run_layer(case: Case) -> tuple[list[str], bool]:
 
 
 def run_steps(backend: str, device: str, dtype: torch.dtype) -> None:
-    """Each cell without gradients, and with attention after it, twice with the same counters: fused steps."""
+    """Each cell without gradients, and with attention after it, twice with the same workspace: fused steps."""
     for name in CELLS:
         spec = CELLS_OF[name]
         for B, H in ((1, 40), (9, 33)):
@@ -53,11 +53,11 @@ def run_steps(backend: str, device: str, dtype: torch.dtype) -> None:
             weights = (w_ih, w_hh, *[None] * 6)
             key, value = (torch.randn(B, 70, n, device=device).to(dtype) for n in (H, 5))
             vector = torch.randn(H, device=device).to(dtype)
-            counters = step_counters(B, torch.device(device))
+            workspace = step_workspace(key, value)
             with torch.no_grad(), rnnkern.backend(backend):
                 step(name, x, h, c, weights)
                 for score_vector in (None, vector, None):
-                    attention_step(name, x, h, c, weights, key, value, vector=score_vector, counters=counters)
+                    attention_step(name, x, h, c, weights, key, value, vector=score_vector, workspace=workspace)
 
 
 def run_attention(backend: str, device: str, dtype: torch.dtype) -> None:
