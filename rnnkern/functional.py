@@ -191,7 +191,7 @@ def attend_checked(
     check_fit("value", value, (B, Tk, value.shape[2]), query)
     if vector is not None:
         check_fit("vector", vector, (D,), query)
-    lengths = check_padding(lengths, key_padding_mask, B, Tk, query)
+    lengths = check_padding(lengths, key_padding_mask, key)
     context, weights = attend(
         query,
         key,
@@ -230,10 +230,9 @@ def zero_padding(key: Tensor, lengths: Tensor | None, key_padding_mask: Tensor |
     """Keys for a projection: zero where they are padding, since the weight's gradient is a product over all keys."""
     if key.dim() != 3 or (lengths is None and key_padding_mask is None) or not torch.is_grad_enabled():
         return key
-    B, Tk, _ = key.shape
-    lengths = check_padding(lengths, key_padding_mask, B, Tk, key)
+    lengths = check_padding(lengths, key_padding_mask, key)
     if lengths is not None:
-        key_padding_mask = torch.arange(Tk, device=key.device) >= lengths[:, None]
+        key_padding_mask = torch.arange(key.shape[1], device=key.device) >= lengths[:, None]
     assert key_padding_mask is not None
     return key.masked_fill(key_padding_mask[..., None], 0)
 
@@ -277,15 +276,18 @@ def check_matrix(name: str, weight: Tensor, operand: Tensor, operand_name: str, 
 
 
 def check_padding(
-    lengths: Tensor | None, key_padding_mask: Tensor | None, B: int, Tk: int, like: Tensor
+    lengths: Tensor | None,
+    key_padding_mask: Tensor | None,
+    key: Tensor,  # [B, Tk, D]
 ) -> Tensor | None:
-    """Raises unless at most one of them is given and fits; returns the lengths as int64 where query and key are."""
+    """Raises unless at most one of them is given and fits; returns the lengths as int64 on the device of the keys."""
+    B, Tk, _ = key.shape
     if lengths is not None:
         if key_padding_mask is not None:
             raise ValueError("lengths, key_padding_mask: expected at most one of them, got both")
-        return place_lengths(check_lengths(lengths, B), Tk, like)
+        return place_lengths(check_lengths(lengths, B), key)
     if key_padding_mask is not None:
-        check_mask(key_padding_mask, B, Tk, like.device)
+        check_mask(key_padding_mask, B, Tk, key.device)
     return None
 
 

@@ -71,13 +71,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cuda_attention_backward(OptionalTenso
   return {dquery, dkey, dvalue, dvector};
 }
 
-Tensor cuda_lengths(Tensor lengths, int64_t Tk, Tensor like) {
+Tensor cuda_lengths(Tensor lengths, Tensor key) {
   STD_TORCH_CHECK(lengths.is_cpu() && lengths.dim() == 1 && lengths.scalar_type() == ScalarType::Long,
                   "rnnkern::cuda_lengths: lengths must be int64 [B] on the CPU");
-  Gpu gpu(like);
+  STD_TORCH_CHECK(key.dim() == 3, "rnnkern::cuda_lengths: key must be [B, Tk, D]");
+  Gpu gpu(key);
   const Tensor given = make_contiguous(lengths);
   const int64_t B = given.size(0), *const values = static_cast<const int64_t*>(given.const_data_ptr());
-  check_lengths(values, B, Tk);
+  check_lengths(values, B, key.size(1));
   Tensor placed = gpu.empty({B}, ScalarType::Long);
   cuda::place_lengths(values, B, static_cast<int64_t*>(gpu.data(placed)), gpu.stream());
   return placed;

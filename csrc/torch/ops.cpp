@@ -169,8 +169,8 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
         ") -> " RNNKERN_GRADIENT_SCHEMA);
   // What the engine does that would run a layer forward or backward.
   m.def("cuda_plan(str cell, Tensor x, Tensor h0, " RNNKERN_ENGINE_SCHEMA ", bool backward) -> str");
-  // Lengths on the CPU, each 0..Tk, to the device of `like` with a launch: see cuda_attention.cpp.
-  m.def("cuda_lengths(Tensor lengths, int Tk, Tensor like) -> Tensor");
+  // Lengths on the CPU to the device of key [B, Tk, D], with a launch: see cuda_attention.cpp.
+  m.def("cuda_lengths(Tensor lengths, Tensor key) -> Tensor");
   // See cuda_step.cpp.
   m.def("cuda_cell_step(str cell, " RNNKERN_STEP_SCHEMA ") -> (Tensor h_next, Tensor c_next)");
   m.def("cuda_attention_step(str cell, " RNNKERN_STEP_SCHEMA

@@ -188,8 +188,8 @@ def _register(prefix: str) -> Operators:
     return Operators(attention, inference, backward, Function.apply)
 
 
-def _fake_lengths(lengths: Tensor, Tk: int, like: Tensor) -> Tensor:
-    return like.new_empty(lengths.shape, dtype=torch.int64)
+def _fake_lengths(lengths: Tensor, key: Tensor) -> Tensor:
+    return key.new_empty(lengths.shape, dtype=torch.int64)
 
 
 OPERATORS: dict[str, Operators] = {}  # by backend
@@ -213,24 +213,27 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, transformed:
     return _library.missing_on(device)[backend]
 
 
-def place_lengths(lengths: Tensor, Tk: int, like: Tensor) -> Tensor:
-    """Lengths [B], int64, on the device of another tensor.
+def place_lengths(
+    lengths: Tensor,  # int64 [B]
+    key: Tensor,  # [B, Tk, D]
+) -> Tensor:
+    """Lengths on the device of the keys that they count.
 
     From the CPU they come to a GPU with a launch: a copy would wait for the GPU, and a CUDA graph does not take one.
 
     Raises:
         RuntimeError: a length on the CPU is not within 0..Tk, and goes to a GPU, where nobody could tell.
     """
-    device, compiling = like.device, torch.compiler.is_compiling()
+    device, compiling = key.device, torch.compiler.is_compiling()
     emulated = _dispatch.forced() == _dispatch.EMULATED
-    if not lengths.is_cpu or not (like.is_cuda or emulated):
+    if not lengths.is_cpu or not (key.is_cuda or emulated):
         return lengths.to(device)
-    absent = _library.missing_on(device)["cuda" if like.is_cuda else _dispatch.EMULATED]
+    absent = _library.missing_on(device)["cuda" if key.is_cuda else _dispatch.EMULATED]
     if absent or onnx.exporting() or (not compiling and _dispatch.transformed()):
         return lengths.to(device)
-    if not compiling:
-        _check_range(lengths, Tk)
-    placed: Tensor = torch.ops.rnnkern.cuda_lengths.default(lengths, Tk, like)
+    if not compiling:  # the operator checks what a traced program cannot
+        _check_range(lengths, key.shape[1])
+    placed: Tensor = torch.ops.rnnkern.cuda_lengths.default(lengths, key)
     return placed
 
 

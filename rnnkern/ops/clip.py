@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.cells.reference import compute_dtype, refuse_forward_mode
+from rnnkern.ops.attention import place_lengths
 from rnnkern.ops.formulas import Outputs
 
 
@@ -33,20 +34,22 @@ def clip_sequences(outputs: Outputs, lengths: Tensor | None, limit: float) -> Ou
     B = h_n.shape[1]
     if y.dim() == 3:
         T = y.shape[0]
-        rows = torch.arange(B).expand(T, B)  # the sequence that a step belongs to; B for padding
+        rows = torch.arange(B, device=y.device).expand(T, B)  # the sequence that a step belongs to; B for padding
         if lengths is not None:
-            rows = torch.where(torch.arange(T)[:, None] < lengths, rows, B)
+            alive = torch.arange(T, device=y.device)[:, None] < place_lengths(lengths, y.transpose(0, 1))
+            rows = torch.where(alive, rows, B)
     else:
         assert lengths is not None
-        rows = _owners(lengths, y.shape[0])
-    result: Outputs = _apply(y, h_n, c_n, c_all, rows.reshape(-1).to(y.device), limit)
+        rows = _owners(place_lengths(lengths, y.unsqueeze(0)), y.shape[0])
+    result: Outputs = _apply(y, h_n, c_n, c_all, rows.reshape(-1), limit)
     return result
 
 
 def _owners(lengths: Tensor, N: int) -> Tensor:
     """The sequence that each of N packed rows belongs to; no size depends on the values of lengths, for compilers."""
-    row = torch.arange(lengths.shape[0]).repeat_interleave(lengths, output_size=N)  # one sequence after the other
-    t = torch.arange(N) - (lengths.cumsum(0) - lengths)[row]
+    device = lengths.device
+    row = torch.arange(lengths.shape[0], device=device).repeat_interleave(lengths, output_size=N)  # one after the other
+    t = torch.arange(N, device=device) - (lengths.cumsum(0) - lengths)[row]
     return row[t.argsort(stable=True)]
 
 

@@ -154,7 +154,7 @@ class Decoder(nn.Module):
             raise RuntimeError(f"memory: expected last size {self.memory_size}, got shape {list(memory.shape)}")
         lengths = check_lengths(lengths, values.shape[1], values.shape[0])
         if lengths is not None:
-            lengths = place_lengths(lengths, values.shape[1], values)
+            lengths = place_lengths(lengths, values)
         return self._memory(values, None if self.attention is None else self.attention.project_keys(values), lengths)
 
     def select_rows(self, memory: Memory, rows: Tensor) -> Memory:
