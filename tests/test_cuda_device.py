@@ -5,7 +5,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ import rnnkern
 from rnnkern import _library
 from rnnkern.cells import CELLS
 from rnnkern.ops._dispatch import ENGINES
+from tests.cuda_works import move_layer
 from tests.helpers import DTYPES, TORCH_MODULES, Layer, assert_as_accurate, assert_same_bits, error, make_layer
 
 pytestmark = [
@@ -48,14 +48,7 @@ def set_tf32(allowed: bool) -> None:
 
 
 def on_device(layer: Layer, device: str = "cuda") -> Layer:
-    """The same layer, but for lengths, which stay on the CPU as everywhere."""
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(moved(item) for item in value)
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    return replace(layer, **{f.name: moved(getattr(layer, f.name)) for f in fields(layer) if f.name != "lengths"})
+    return move_layer(layer, device)
 
 
 def on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:

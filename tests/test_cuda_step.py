@@ -99,7 +99,8 @@ def attended(
     if lengths is not None:
         past = torch.arange(Tk)[:, None] >= lengths
         extra["key"][past] = extra["value"][past] = torch.nan
-    values = {n: t.to(layer.x.dtype).to(dtype or layer.x.dtype) for n, t in (layer.inputs | extra).items()}
+    device = layer.x.device
+    values = {n: t.to(device, layer.x.dtype).to(dtype or layer.x.dtype) for n, t in (layer.inputs | extra).items()}
     with torch.no_grad(), rnnkern.backend(backend):
         h, c, context = attention_step(
             layer.cell,
@@ -112,7 +113,7 @@ def attended(
             w_query=values["w_query"] if "projected" in score else None,
             vector=values["vector"] if "additive" in score else None,
             scale=0.5,
-            lengths=lengths,
+            lengths=None if lengths is None else lengths.to(device),
         )
     return {"h": h, "context": context} | ({} if c is None else {"c": c})
 

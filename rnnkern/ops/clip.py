@@ -36,8 +36,8 @@ def clip_sequences(outputs: Outputs, lengths: Tensor | None, limit: float) -> Ou
         T = y.shape[0]
         rows = torch.arange(B, device=y.device).expand(T, B)  # the sequence that a step belongs to; B for padding
         if lengths is not None:
-            alive = torch.arange(T, device=y.device)[:, None] < place_lengths(lengths, y.transpose(0, 1))
-            rows = torch.where(alive, rows, B)
+            past = torch.arange(T, device=y.device)[:, None] >= place_lengths(lengths, y.transpose(0, 1))
+            rows = rows.masked_fill(past, B)
     else:
         assert lengths is not None
         rows = _owners(place_lengths(lengths, y.unsqueeze(0)), y.shape[0])
@@ -79,8 +79,9 @@ class _ClipSequences(torch.autograd.Function):
         for (_, d), owner in zip(given, owners):
             norms = torch.linalg.vector_norm(d, dim=-1, dtype=torch.float64)
             squares = squares.index_add(0, owner.reshape(-1), norms.square().reshape(-1))
-        long = squares > ctx.limit**2
-        factors = torch.where(long, ctx.limit * torch.where(long, squares, 1).rsqrt(), 1)
+        short = ~(squares > ctx.limit**2)  # NaN, too
+        # Not torch.where, which copies a number to a GPU, and waits for that.
+        factors = (ctx.limit * squares.masked_fill(short, 1).rsqrt()).masked_fill(short, 1)
         factors = factors.to(compute_dtype(given[0][1].dtype))
         result = list(gradients)
         for (i, d), owner in zip(given, owners):
