@@ -62,9 +62,9 @@ def move_problem(problem: Problem, device: str, lengths_device: str = "cpu") -> 
 
 
 def layer_work(place: Place, engine: str | None, training: bool) -> Work:
-    """A layer of two directions with lengths, and every gradient."""
-    lengths = torch.tensor([5, 0, 2, 4])
-    layer = move_layer(make_layer("lstm", 5, 4, 7, 40, D=2, lengths=lengths, every_c=True), place.device)
+    """A layer of two directions with lengths and resets, and every gradient."""
+    marks = {"lengths": torch.tensor([5, 0, 2, 4]), "resets": torch.rand(5, 4) < 0.3}
+    layer = move_layer(make_layer("lstm", 5, 4, 7, 40, D=2, **marks, every_c=True), place.device)
     run = layer.run if training else layer.infer
     return Work(lambda: run(place.backend, engine=engine), [layer.x, layer.h0])
 

@@ -16,10 +16,11 @@ from rnnkern import _library
 from rnnkern.cells import CELLS
 from rnnkern.functional import attention
 from rnnkern.ops.cuda import FUSED_DTYPES
+from rnnkern.seq2seq import greedy_search
 from tests.attention_problem import SCORES, make_problem
 from tests.cuda_works import WORKS, Place, Work, move_layer, move_problem, moved
 from tests.helpers import assert_as_accurate, make_layer, needs_emulator
-from tests.seq2seq_models import ATTENTIONS
+from tests.seq2seq_models import ATTENTIONS, END, LETTERS, START, make_model
 from tests.test_cuda_device import WAIT_CYCLES, names, on_cpu, set_tf32
 from tests.test_cuda_step import SCORES as STEP_SCORES
 from tests.test_cuda_step import attended, one_step
@@ -287,3 +288,19 @@ def test_decoding(place: Place, cell: str, attention: str) -> None:
         found[backend, dtype] = on_cpu({"logits": logits} | names)
     expected, peer = found["eager", torch.float64], found["eager", torch.float32]
     assert_as_accurate(found[place.backend, torch.float32], expected, peer, torch.float32)
+
+
+@everywhere
+def test_greedy_search(place: Place) -> None:
+    model = make_model("lstm", "additive", dtype=torch.float32, seed=1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that rows say different things
+    source = torch.randint(3, LETTERS, (9, 6), generator=torch.Generator().manual_seed(5))
+    results = []
+    for backend, device in (("eager", "cpu"), (place.backend, place.device)):
+        with rnnkern.backend(backend):
+            options = {"start": START, "end": END, "max_length": 20, "need_weights": False}
+            results.append(greedy_search(model.to(device), source.to(device), torch.arange(6) + 4, **options))
+    assert torch.equal(results[1].tokens.cpu(), results[0].tokens)
+    torch.testing.assert_close(results[1].scores.cpu(), results[0].scores, rtol=1e-3, atol=1e-3)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rnnkern.seq2seq import Decoder, Encoder, Seq2Seq, greedy_search
+from rnnkern.seq2seq import Decoder, Encoder, Seq2Seq, greedy_search, search
 from tests.helpers import threads
 from tests.seq2seq_models import (
     ATTENTIONS,
@@ -188,3 +188,19 @@ def test_bad_arguments_of_the_search() -> None:
         greedy_search(make_model(attention="none"), source, lengths, **options, need_weights=True)
     with pytest.raises(ValueError, match="tokens: expected a 2-D tensor"):
         greedy_search(make_model(), source[0], **options)
+
+
+@pytest.mark.parametrize("steps", [3, 8, 100])
+def test_looking_seldom_finds_the_same(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where ended rows stay in the batch for some steps."""
+    model = make_lively(make_model("gru", seed=1))
+    source = torch.randint(3, LETTERS, (9, 24), generator=torch.Generator().manual_seed(5))
+    lengths = torch.arange(24) % 9 + 1
+    end = most_scattered_symbol(teacher_forced(model, source, lengths, 12)[0])
+    found = []
+    for between in (1, steps):
+        monkeypatch.setattr(search, "_steps_between_looks", lambda device, between=between: between)
+        found.append(greedy_search(model, source, lengths, start=START, end=end, max_length=11, need_weights=True))
+    assert len(set(found[0].lengths.tolist())) > 1
+    for before, after in zip(found[0], found[1], strict=True):
+        torch.testing.assert_close(after, before)

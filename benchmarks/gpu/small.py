@@ -66,7 +66,7 @@ def run_attention(backend: str, device: str, dtype: torch.dtype) -> None:
         sizes = (2, Tq, D), (2, Tk, D), (2, Tk, Dv)
         q, k, v = (torch.randn(*size, device=device).to(dtype).requires_grad_() for size in sizes)
         vector = torch.randn(D, device=device).to(dtype).requires_grad_()
-        lengths = torch.tensor([Tk, Tk // 2], device=device)
+        lengths = torch.tensor([Tk, Tk // 2])
         for score in ("scaled_dot", rnnkern.functional.Additive(vector)):
             with rnnkern.backend(backend):
                 context, weights = rnnkern.functional.attention(
