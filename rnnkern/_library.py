@@ -20,7 +20,7 @@ OPERATORS = (
     *("attention", "attention_inference", "attention_backward"),
     *("cuda_layer", "cuda_layer_inference", "cuda_layer_backward", "cuda_plan"),
     *("cuda_attention", "cuda_attention_inference", "cuda_attention_backward"),
-    *("cuda_cell_step", "cuda_attention_step"),
+    *("cuda_cell_step", "cuda_attention_step", "cuda_lengths"),
 )
 _BUILD_FACTS = ("version", "compiler", "optimized", "cuda")
 
