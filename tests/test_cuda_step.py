@@ -213,7 +213,8 @@ def test_sizes_that_the_kernels_cannot_count() -> None:
         torch.ops.rnnkern.cuda_cell_step("rnn_tanh", torch.ones(2**29, 0), torch.ones(1, 1), None, *weights)
     B, D = 4, 2**27
     key, value = torch.ones(B, 0, D), torch.ones(B, 0, 1)
-    attention = torch.ones(1, 1), key, value, None, None, 1.0, torch.zeros(3 + B, dtype=torch.int32)
+    counters, scratch = torch.zeros(3 + B, dtype=torch.int32), torch.empty(0)
+    attention = torch.ones(1, 1), key, value, None, None, 1.0, counters, scratch
     with pytest.raises(RuntimeError, match="one of D, Dv and B"):
         torch.ops.rnnkern.cuda_attention_step(
             "rnn_tanh", torch.ones(B, 1), torch.ones(B, 1), None, *weights, *attention
