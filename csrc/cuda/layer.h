@@ -41,12 +41,13 @@ template <class S, class C>
 struct Backward {
   Sequence sequence;
   int H;
-  const S* w_hh[2];  // [G*H, H]
-  const S* dy;       // [N, D*H] or null: zero; so the next three
-  const S* dh_n;     // [D, B, H]
-  const C* dc_n;     // [D, B, H]
-  const C* dc_all;   // [N, D*H]
-  const S* saved;    // as forward left them; so the next
+  const S* w_hh[2];   // [G*H, H]
+  const S* dy;        // [N, D*H] or null: zero; so the next four
+  const S* dh_n;      // [D, B, H]
+  const C* dc_n;      // [D, B, H]
+  const C* dh_carry;  // [D, B, H]: takes the place of dh_n, in more digits
+  const C* dc_all;    // [N, D*H]
+  const S* saved;     // as forward left them; so the next
   const C* c_before;
   const S* h_before;  // [N, D, H]: h before each step
   double clip;        // limit of each element of dgx and dgh; 0: none

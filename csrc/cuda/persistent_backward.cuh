@@ -48,7 +48,10 @@ class BackwardPass {
       carried_[i] = false;
       direct_[i] = dc_[i] = 0;
       if (items_[i].length < 0) continue;
-      if (w.dh_n) direct_[i] = to_float(load(w.dh_n + state_place(items_[i])));
+      if (w.dh_carry)
+        direct_[i] = load(w.dh_carry + state_place(items_[i]));
+      else if (w.dh_n)
+        direct_[i] = to_float(load(w.dh_n + state_place(items_[i])));
       if (kCell && w.dc_n) dc_[i] = load(w.dc_n + state_place(items_[i]));
     }
     fetch(0);

@@ -137,6 +137,12 @@ without_padding(RNNKERN_ARGUMENT WithoutPadding<S> a) {
   store(a.out + at, padding ? narrow<S>(0.0f) : load(a.x + at));
 }
 
+// dL/dh after a row's last step.
+template <class S, class C>
+RNNKERN_DEVICE C last_dh(const Backward<S, C>& w, int64_t at) {
+  return w.dh_carry ? load(w.dh_carry + at) : w.dh_n ? widen<C>(load(w.dh_n + at)) : C(0);
+}
+
 template <class Cell, class S, class C>
 RNNKERN_KERNEL(kStepThreads, 1)
 step_backward(RNNKERN_ARGUMENT StepBackward<S, C> a) {
@@ -161,7 +167,7 @@ step_backward(RNNKERN_ARGUMENT StepBackward<S, C> a) {
   state[0] = widen<C>(load(w.h_before + at_d * H + unit.u));
   C dh = 0, dc = 0;
   if (a.step + 1 == row.length) {
-    if (w.dh_n) dh = widen<C>(load(w.dh_n + unit.at));
+    dh = last_dh(w, unit.at);
     if (Cell::kStates > 1 && w.dc_n) dc = load(w.dc_n + unit.at);
   } else if (!row.starts(sequence, a.step + 1)) {
     dh = load(a.dh_product + unit.at) + load(a.dh_direct + unit.at);
@@ -202,7 +208,7 @@ end_backward(RNNKERN_ARGUMENT StepBackward<S, C> a) {
   const Row row(w.sequence, unit.d, unit.b);
   C dh = 0, dc = 0;
   if (row.length == 0) {
-    if (w.dh_n) dh = widen<C>(load(w.dh_n + unit.at));
+    dh = last_dh(w, unit.at);
     if (w.dc0 && w.dc_n) dc = load(w.dc_n + unit.at);
   } else if (!row.starts(w.sequence, 0)) {
     dh = load(a.dh_product + unit.at) + load(a.dh_direct + unit.at);

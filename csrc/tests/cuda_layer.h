@@ -206,6 +206,7 @@ BackwardResult<S> backward(Layer<Cell, S>& l, const ForwardResult<Cell, S>& f, c
                            l.dy.data(),
                            l.dh_n.data(),
                            cell ? l.dc_n.data() : nullptr,
+                           nullptr,
                            cell ? l.dc_all.data() : nullptr,
                            f.saved.data(),
                            cell ? f.c_before.data() : nullptr,
@@ -235,39 +236,43 @@ void multiply(const Layer<Cell, S>& l, const std::vector<S>& a, int K, int M, bo
 }
 
 template <class Cell, class S>
-ForwardResult<Cell, S> stepwise_forward(Layer<Cell, S>& l, const CellLaunchers& launchers) {
+void run_stepwise(const Layer<Cell, S>& l, const CellLaunchers& launchers, const Forward<void, void>& f) {
   const int G = Cell::kGates, H = l.c.H;
   std::vector<S> h = poisoned<S>(l.h0.size());
   std::vector<float> c = poisoned<float>(l.h0.size()), gh = poisoned<float>(l.h0.size() * G);
   emulator::GlobalMemory memory;
   allow(memory, h, c, gh);
-  return forward(l, [&](const Forward<void, void>& f) {
-    StepForward<void, void> a{f, 0, h.data(), Cell::kStates > 1 ? c.data() : nullptr, gh.data()};
-    launchers.stepwise.begin(a, nullptr);
-    for (; a.step < l.c.T; ++a.step) {
-      multiply(l, h, H, G * H, false, gh);
-      launchers.stepwise.next_step(a, nullptr);
-    }
-  });
+  StepForward<void, void> a{f, 0, h.data(), Cell::kStates > 1 ? c.data() : nullptr, gh.data()};
+  launchers.stepwise.begin(a, nullptr);
+  for (; a.step < f.sequence.T; ++a.step) {
+    multiply(l, h, H, G * H, false, gh);
+    launchers.stepwise.next_step(a, nullptr);
+  }
+}
+template <class Cell, class S>
+ForwardResult<Cell, S> stepwise_forward(Layer<Cell, S>& l, const CellLaunchers& launchers) {
+  return forward(l, [&](const Forward<void, void>& f) { run_stepwise(l, launchers, f); });
 }
 
 template <class Cell, class S>
-BackwardResult<S> stepwise_backward(Layer<Cell, S>& l, const ForwardResult<Cell, S>& f, const std::vector<S>& h_before,
-                                    const CellLaunchers& launchers) {
+void run_stepwise(const Layer<Cell, S>& l, const CellLaunchers& launchers, const Backward<void, void>& b) {
   const int G = Cell::kGates, H = l.c.H;
   std::vector<S> dgh = poisoned<S>(l.h0.size() * G);
   std::vector<float> product = poisoned<float>(l.h0.size()), direct = product, dc = product;
   emulator::GlobalMemory memory;
   allow(memory, dgh, product, direct, dc);
-  return backward(l, f, h_before, [&](const Backward<void, void>& b) {
-    StepBackward<void, void> a{
-        b, l.c.T, dgh.data(), product.data(), direct.data(), Cell::kStates > 1 ? dc.data() : nullptr};
-    while (a.step-- > 0) {
-      launchers.stepwise.step_backward(a, nullptr);
-      multiply(l, dgh, G * H, H, true, product);
-    }
-    launchers.stepwise.end_backward(a, nullptr);
-  });
+  StepBackward<void, void> a{
+      b, b.sequence.T, dgh.data(), product.data(), direct.data(), Cell::kStates > 1 ? dc.data() : nullptr};
+  while (a.step-- > 0) {
+    launchers.stepwise.step_backward(a, nullptr);
+    multiply(l, dgh, G * H, H, true, product);
+  }
+  launchers.stepwise.end_backward(a, nullptr);
+}
+template <class Cell, class S>
+BackwardResult<S> stepwise_backward(Layer<Cell, S>& l, const ForwardResult<Cell, S>& f, const std::vector<S>& h_before,
+                                    const CellLaunchers& launchers) {
+  return backward(l, f, h_before, [&](const Backward<void, void>& b) { run_stepwise(l, launchers, b); });
 }
 
 }  // namespace rnnkern_test
