@@ -19,6 +19,7 @@ OPERATORS = (
     *("layer", "layer_inference", "layer_backward", "layer_int8", "pack", "pack_int8"),
     *("attention", "attention_inference", "attention_backward"),
     *("cuda_layer", "cuda_layer_inference", "cuda_layer_backward", "cuda_plan"),
+    *("cuda_stack", "cuda_stack_inference", "cuda_stack_backward", "cuda_stack_plan"),
     *("cuda_attention", "cuda_attention_inference", "cuda_attention_backward"),
     *("cuda_cell_step", "cuda_attention_step", "cuda_lengths"),
 )

@@ -37,6 +37,15 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_tf32() -> Iterator[None]:
+    """Products of float32 are to be as exact by the CUDA kernels as by those of the other backends."""
+    rnn = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
+    yield
+    rnn.fp32_precision = before
+
+
+@pytest.fixture
 def disabled_afterwards() -> Iterator[None]:
     """Whatever `rnnkern.enable` did is undone."""
     yield

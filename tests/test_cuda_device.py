@@ -3,8 +3,9 @@
 `make gpu-report` runs these; without a GPU they are skipped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rnnkern.cells import CELLS
 from rnnkern.ops._dispatch import ENGINES
 from tests.cuda_works import move_layer
 from tests.helpers import DTYPES, TORCH_MODULES, Layer, assert_as_accurate, assert_same_bits, error, make_layer
+from tests.test_cuda_stack import Stack, make_stack, with_exact_products
 
 pytestmark = [
     pytest.mark.cuda,
@@ -49,6 +51,15 @@ def set_tf32(allowed: bool) -> None:
 
 def on_device(layer: Layer, device: str = "cuda") -> Layer:
     return move_layer(layer, device)
+
+
+def stack_on_device(stack: Stack) -> Stack:
+    return replace(
+        stack,
+        inputs={name: value.cuda() for name, value in stack.inputs.items()},
+        cotangents=tuple(value.cuda() for value in stack.cotangents),
+        resets=None if stack.resets is None else stack.resets.cuda(),
+    )
 
 
 def on_cpu(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -215,6 +226,76 @@ def test_nothing_waits_for_the_gpu(engine: str, training: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert still_busy
     torch.cuda.synchronize()
+
+
+def wavefront(engine: str, training: bool) -> tuple[Callable[[], dict[str, Tensor]], Tensor]:
+    """A function that runs three layers side by side on chunks of time, and their input."""
+    stack = stack_on_device(make_stack("lstm", 9, 5, 12, 64, 3))
+
+    def work() -> dict[str, Tensor]:
+        return (stack.wavefront if training else stack.infer)(4, backend="cuda", **forced(engine))
+
+    with skip_refused(engine):
+        work()
+    return work, stack.inputs["x"]
+
+
+@pytest.mark.parametrize("engine", ["cluster", "grid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=names)
+@pytest.mark.parametrize("lengths", [None, torch.tensor([4, 0, 11, 7, 1])], ids=["", "lengths"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_layers_side_by_side_give_the_bits_of_one_after_another(
+    cell: str, lengths: Tensor | None, dtype: torch.dtype, engine: str
+) -> None:
+    resets = torch.rand(11, 5) < 0.2
+    stack = stack_on_device(with_exact_products(make_stack(cell, 11, 5, 12, 64, 3, dtype=dtype, resets=resets)))
+    stack = replace(stack, lengths=lengths)
+    with skip_refused(engine, dtype):
+        expected = stack.run(stack.by_layers, "cuda", engine)
+        for chunks in (2, 5):
+            for _ in range(3):
+                assert_same_bits(stack.wavefront(chunks, engine, "cuda"), expected)
+
+
+@pytest.mark.parametrize("engine", ["cluster", "grid"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_cuda_graph_holds_layers_side_by_side(training: bool, engine: str) -> None:
+    work, x = wavefront(engine, training)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = work()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    graph.replay()
+    assert_same_bits(held, work())
+
+
+@pytest.mark.parametrize("engine", ["cluster", "grid"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_layers_side_by_side_wait_for_the_current_stream_alone(training: bool, engine: str) -> None:
+    """The input comes late, on a stream of its own; and nobody waits on the CPU."""
+    work, x = wavefront(engine, training)
+    late = torch.randn_like(x)
+    x.copy_(late)
+    expected = work()
+    x.zero_()
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        work()  # makes the streams beside this one
+        torch.cuda.synchronize()
+        torch.cuda._sleep(WAIT_CYCLES)
+        x.copy_(late)
+        found = work()
+        still_busy = not side.query()
+    assert still_busy
+    side.synchronize()
+    assert_same_bits(found, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")

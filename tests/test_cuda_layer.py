@@ -1,7 +1,6 @@
 """The CUDA engines, emulated: outputs and all gradients against float64, for every cell, dtype and engine."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,17 +13,8 @@ from rnnkern.ops._dispatch import ENGINES
 from tests.helpers import DTYPES, assert_as_accurate, assert_same_bits, make_layer, needs_emulator
 from tests.test_recurrence import lengths_like, names
 
-pytestmark = needs_emulator
+pytestmark = [needs_emulator, pytest.mark.usefixtures("no_tf32")]
 EMULATED = "cuda-emulated"
-
-
-@pytest.fixture(autouse=True)
-def _no_tf32() -> Iterator[None]:
-    """Products of float32 are to be as exact as those of the other backends."""
-    rnn = torch.backends.cudnn.rnn
-    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
-    yield
-    rnn.fp32_precision = before
 
 
 def engines_of(dtype: torch.dtype) -> tuple[str, ...]:

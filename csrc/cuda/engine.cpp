@@ -1,5 +1,7 @@
 #include "cuda/engine.h"
 
+#include <algorithm>
+#include <cmath>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -8,48 +10,97 @@
 namespace rnnkern::cuda {
 namespace {
 
-// What a step of the stepwise engine takes at least, in clocks: a product and a kernel, 2.5 us each, by an estimate.
-constexpr double kStepwiseClocks = 9000;
+// Estimates in clocks, not measurements; 1800 are a microsecond.
+constexpr double kStepwiseClocks = 9000;  // a step of the stepwise engine: a product and a kernel, 2.5 us each
+constexpr double kPrologueClocks = 9000;  // before a persistent kernel's first step: its launch, weights to the chip
+constexpr double kProductClocks =
+    9000;                           // the product before a recurrence, small as a chunk's is, and what waits for it
 constexpr int64_t kMost = 1 << 20;  // of H and B for the persistent engines, whose sizes are 32-bit
+constexpr size_t kPlans = 4096;     // that are kept: a program of many batch sizes must not fill the memory
 
 // Plans ask the device for occupancy, which takes longer than a short layer.
-const PersistentPlan& plan_of(int cell, Dtype dtype, Engine engine, Pass pass, Product product, int H, int B, int D) {
-  using Key = std::tuple<int, int, Dtype, Engine, Pass, Product, int, int, int>;
+PersistentPlan plan_of(const EngineRequest& r, Engine engine, Product product, int share) {
+  using Key = std::tuple<int, int, Dtype, Engine, Pass, Product, int64_t, int64_t, int, int>;
   static std::map<Key, PersistentPlan> plans;
   static std::mutex mutex;
-  const Key key(current_device(), cell, dtype, engine, pass, product, H, B, D);
+  const Key key(current_device(), r.cell, r.dtype, engine, r.pass, product, r.H, r.B, r.D, share);
   const std::lock_guard<std::mutex> lock(mutex);
-  auto found = plans.find(key);
-  if (found == plans.end())
-    found = plans.emplace(key, cell_launchers(cell, dtype).persistent.plan(engine, pass, product, H, B, D)).first;
-  return found->second;
+  const auto found = plans.find(key);
+  if (found != plans.end()) return found->second;
+  if (plans.size() >= kPlans) plans.clear();
+  const PersistentLaunchers& launchers = cell_launchers(r.cell, r.dtype).persistent;
+  return plans[key] = launchers.plan(engine, r.pass, product, int(r.H), int(r.B), r.D, share);
+}
+
+// The persistent engine of the least clocks per step on one of `share` parts of the device, if there is one; else
+// why_not of the plan says why the named one is none.
+EngineChoice best_persistent(const EngineRequest& r, int share) {
+  const Product product = r.tf32 ? Product::tf32 : Product::tf32x3;
+  EngineChoice best{false, Engine::cluster, product, {}};
+  std::string& why_not = best.plan.why_not;
+  why_not = r.name == "stepwise"         ? "it is the stepwise engine"
+            : r.dtype == Dtype::f64      ? "float64 is for the stepwise engine"
+            : r.B == 0                   ? "there are no rows"
+            : r.H > kMost || r.B > kMost ? "H or B is too large"
+                                         : "";
+  if (!why_not.empty()) return best;
+  for (Engine engine : {Engine::cluster, Engine::grid}) {
+    if (!r.name.empty() && (r.name == "cluster") != (engine == Engine::cluster)) continue;
+    const PersistentPlan plan = plan_of(r, engine, product, share);
+    const bool runs = plan.why_not.empty();
+    if (runs ? !best.persistent || plan.step_clocks < best.plan.step_clocks : !best.persistent)
+      best = {runs, engine, product, plan};
+  }
+  return best;
+}
+
+double clocks_of(const EngineChoice& choice, int64_t T) {
+  return choice.persistent ? double(T) * choice.plan.step_clocks + kPrologueClocks : double(T) * kStepwiseClocks;
+}
+
+// Chunks in a row: each diagonal is as long as a chunk, with what every layer launches before it on one stream.
+double wavefront_clocks(const EngineChoice& part, int64_t T, int64_t layers, int64_t chunks) {
+  const double diagonal = clocks_of(part, (T + chunks - 1) / chunks) + double(layers) * kProductClocks;
+  return double(chunks + layers - 1) * diagonal;
+}
+
+// The derivative of the above is zero here.
+int64_t best_chunks(const EngineChoice& part, int64_t T, int64_t layers) {
+  const double fixed = kPrologueClocks + double(layers) * kProductClocks;
+  const double chunks = std::sqrt(double(layers - 1) * double(T) * part.plan.step_clocks / fixed);
+  return std::max<int64_t>(1, std::min(T, int64_t(std::lround(chunks))));
 }
 
 }  // namespace
 
-EngineChoice choose_engine(int cell, Dtype dtype, const std::string& name, Pass pass, bool tf32, int64_t H, int64_t B,
-                           int D) {
-  const Product product = tf32 ? Product::tf32 : Product::tf32x3;
-  EngineChoice best{false, Engine::cluster, product, {}};
-  if (name == "stepwise") return best;
-  const bool any = name.empty();
-  if (!any && name != "cluster" && name != "grid") throw std::runtime_error("no engine is called '" + name + "'");
-  std::string why_not = dtype == Dtype::f64      ? "float64 is for the stepwise engine"
-                        : B == 0                 ? "there are no rows"
-                        : H > kMost || B > kMost ? "H or B is too large"
-                                                 : "";
-  for (Engine engine : {Engine::cluster, Engine::grid}) {
-    if (!why_not.empty() || (!any && (name == "cluster") != (engine == Engine::cluster))) continue;
-    const PersistentPlan& plan = plan_of(cell, dtype, engine, pass, product, int(H), int(B), D);
-    if (!plan.why_not.empty()) {
-      if (!any) why_not = plan.why_not;
-      continue;
-    }
-    if (any && plan.step_clocks >= (best.persistent ? best.plan.step_clocks : kStepwiseClocks)) continue;
-    best = {true, engine, product, plan};
-  }
-  if (!any && !best.persistent && B > 0) throw std::runtime_error("engine '" + name + "' cannot run: " + why_not);
+EngineChoice choose_engine(const EngineRequest& r) {
+  const EngineChoice stepwise{false, Engine::cluster, r.tf32 ? Product::tf32 : Product::tf32x3, {}};
+  if (r.name == "stepwise") return stepwise;
+  const bool any = r.name.empty();
+  if (!any && r.name != "cluster" && r.name != "grid") throw std::runtime_error("no engine is called '" + r.name + "'");
+  const EngineChoice best = best_persistent(r, 1);
+  if (!any && !best.persistent && r.B > 0)
+    throw std::runtime_error("engine '" + r.name + "' cannot run: " + best.plan.why_not);
+  if (!best.persistent || (any && clocks_of(best, r.T) >= clocks_of(stepwise, r.T))) return stepwise;
   return best;
+}
+
+StackChoice choose_stack(const EngineRequest& r, int64_t layers, int64_t chunks) {
+  const StackChoice one_by_one{layers, 0, choose_engine(r)};
+  if (r.T == 0 || r.B == 0 || layers < 2) return one_by_one;
+  const EngineChoice part = best_persistent(r, int(std::min(layers, kMost)));
+  if (!part.persistent) {
+    if (chunks > 0) throw std::runtime_error("a wavefront cannot run: " + part.plan.why_not);
+    return one_by_one;
+  }
+  if (chunks > 0) return {layers, std::min(chunks, r.T), part};
+  // Whether a GPU runs two cooperative launches side by side is documented nowhere, and has not been tried. If it does
+  // not, a wavefront of them takes longer than layer after layer: only by request.
+  if (part.plan.shape.cooperative) return one_by_one;
+  chunks = best_chunks(part, r.T, layers);
+  const double in_turn = double(layers) * (clocks_of(one_by_one.engine, r.T) + kProductClocks);
+  if (chunks == 1 || wavefront_clocks(part, r.T, layers, chunks) >= in_turn) return one_by_one;
+  return {layers, chunks, part};
 }
 
 std::string EngineChoice::describe() const {
@@ -61,6 +112,12 @@ std::string EngineChoice::describe() const {
                      std::to_string(plan.shape.shared_bytes) + " bytes of shared memory";
   if (plan.registers > 0) text += ", " + std::to_string(plan.registers) + " registers";
   return text;
+}
+
+std::string StackChoice::describe() const {
+  if (chunks == 0) return engine.describe();
+  return engine.describe() + "; wavefront of " + std::to_string(layers) + " layers in " + std::to_string(chunks) +
+         " chunks of time";
 }
 
 }  // namespace rnnkern::cuda

@@ -19,8 +19,9 @@ struct StepwiseLaunchers {
 };
 
 struct PersistentLaunchers {  // none for float64
-  // For the current device, whose occupancy it asks for: worth keeping by its arguments.
-  PersistentPlan (*plan)(Engine, Pass, Product, int H, int B, int D);
+  // For the current device, whose occupancy it asks for: worth keeping by its arguments. `share`: launches that are to
+  // run at once, with a part of the device each.
+  PersistentPlan (*plan)(Engine, Pass, Product, int H, int B, int D, int share);
   // `workspace`: plan.workspace_bytes, aligned to 16; what must be zero in it is cleared here, on the stream.
   void (*forward)(const PersistentPlan&, Engine, Product, const Forward<void, void>&, void* workspace, void* stream);
   void (*backward)(const PersistentPlan&, Engine, Product, const Backward<void, void>&, void* workspace, void* stream);

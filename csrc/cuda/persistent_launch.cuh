@@ -25,11 +25,13 @@ auto with_persistent_kernel(Engine engine, Product product, const Use& use) {
 }
 
 template <template <class, class> class CellPass, class Cell, class S>
-PersistentPlan plan_kernel(Engine engine, Pass pass, Product product, int H, int B, int D) {
+PersistentPlan plan_kernel(Engine engine, Pass pass, Product product, int H, int B, int D, int share) {
   return with_persistent_kernel<CellPass, Cell, S>(engine, product, [&](auto math, auto kernel) {
+    DeviceFacts facts = device_facts();
+    facts.multiprocessors /= share;
     PersistentPlan plan =
-        plan_persistent({engine, pass, Cell::kGates, int(sizeof(S)), math.kProducts, H, B, D}, device_facts(),
-                        [&](const LaunchShape& shape) { return resident_blocks(kernel, shape); });
+        plan_persistent({engine, pass, Cell::kGates, int(sizeof(S)), math.kProducts, H, B, D}, facts,
+                        [&](const LaunchShape& shape) { return resident_blocks(kernel, shape) / share; });
     plan.registers = registers_of(kernel);
     return plan;
   });
@@ -55,9 +57,9 @@ void launch_kernel(const char* name, const PersistentPlan& plan, Engine engine, 
 template <class Cell, class S>
 PersistentLaunchers persistent_launchers() {
   PersistentLaunchers launchers{};
-  launchers.plan = [](Engine engine, Pass pass, Product product, int H, int B, int D) {
-    return pass == Pass::forward ? plan_kernel<ForwardPass, Cell, S>(engine, pass, product, H, B, D)
-                                 : plan_kernel<BackwardPass, Cell, S>(engine, pass, product, H, B, D);
+  launchers.plan = [](Engine engine, Pass pass, Product product, int H, int B, int D, int share) {
+    return pass == Pass::forward ? plan_kernel<ForwardPass, Cell, S>(engine, pass, product, H, B, D, share)
+                                 : plan_kernel<BackwardPass, Cell, S>(engine, pass, product, H, B, D, share);
   };
   launchers.forward = [](const PersistentPlan& plan, Engine engine, Product product, const Forward<void, void>& a,
                          void* workspace, void* stream) {

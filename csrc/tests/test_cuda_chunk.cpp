@@ -83,7 +83,7 @@ struct Persistently {
   Case c;
 
   PersistentPlan plan(Pass pass) const {
-    return launchers.persistent.plan(engine, pass, Product::tf32x3, c.H, c.B, c.D);
+    return launchers.persistent.plan(engine, pass, Product::tf32x3, c.H, c.B, c.D, 1);
   }
   void operator()(const Forward<void, void>& f) const {
     const PersistentPlan p = plan(Pass::forward);

@@ -97,6 +97,12 @@ Tensor call_torch(const char* name, const char* overload, const Arguments&... ar
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+// torch's functions take these by reference, and leave the tensor itself alone.
+inline void zero(Tensor tensor) { torch::stable::zero_(tensor); }
+inline Tensor slice(Tensor tensor, int64_t dim, int64_t start, int64_t count) {
+  return torch::stable::narrow(tensor, dim, start, count);
+}
+
 // out = a b, matrices.
 inline void multiply(const Tensor& out, const Tensor& a, const Tensor& b) { call_torch("aten::mm", "out", a, b, out); }
 

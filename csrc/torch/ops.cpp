@@ -148,6 +148,8 @@ Gradients layer_backward_op(std::string cell, OptionalTensor dy, OptionalTensor 
   "(Tensor dx, Tensor dh0, Tensor dc0, Tensor dw_ih, Tensor dw_hh, Tensor db_ih, Tensor db_hh, " \
   "Tensor dw_ih_reverse, Tensor dw_hh_reverse, Tensor db_ih_reverse, Tensor db_hh_reverse)"
 #define RNNKERN_ENGINE_SCHEMA "str engine, bool tf32"
+#define RNNKERN_STACK_SCHEMA \
+  RNNKERN_STATE_SCHEMA "Tensor[] weights, Tensor? lengths, Tensor? resets, Tensor? masks, float scale"
 #define RNNKERN_STEP_SCHEMA "Tensor x, Tensor h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh"
 #define RNNKERN_OUTPUT_SCHEMA "(Tensor y, Tensor h_n, Tensor c_n, Tensor c_all)"
 
@@ -167,6 +169,18 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
         ") -> " RNNKERN_OUTPUT_SCHEMA);
   m.def("cuda_layer_backward(str cell, " RNNKERN_BACKWARD_ARGUMENTS ", float grad_clip, " RNNKERN_ENGINE_SCHEMA
         ") -> " RNNKERN_GRADIENT_SCHEMA);
+  // A stack of layers of one direction: see cuda_stack.cpp. h0, c0 [L, B, H]; weights in the order of layers, 2 or 4
+  // each; masks bool [L - 1, (steps), H]; chunks of time, 0 for what should take least.
+  m.def("cuda_stack(str cell, " RNNKERN_STACK_SCHEMA ", float grad_clip, " RNNKERN_ENGINE_SCHEMA
+        ", int chunks) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor hidden, Tensor saved)");
+  m.def("cuda_stack_inference(str cell, " RNNKERN_STACK_SCHEMA ", " RNNKERN_ENGINE_SCHEMA
+        ", int chunks) -> (Tensor y, Tensor h_n, Tensor c_n)");
+  m.def("cuda_stack_backward(str cell, Tensor? dy, Tensor? dh_n, Tensor? dc_n, " RNNKERN_STACK_SCHEMA
+        ", Tensor y, Tensor hidden, Tensor saved, bool need_dx, bool need_dh0, bool need_dw, "
+        "float grad_clip, " RNNKERN_ENGINE_SCHEMA
+        ", int chunks) -> (Tensor dx, Tensor dh0, Tensor dc0, Tensor[] dweights)");
+  m.def("cuda_stack_plan(str cell, Tensor x, Tensor h0, Tensor? lengths, " RNNKERN_ENGINE_SCHEMA
+        ", int chunks, bool backward) -> str");
   // What the engine does that would run a layer forward or backward.
   m.def("cuda_plan(str cell, Tensor x, Tensor h0, " RNNKERN_ENGINE_SCHEMA ", bool backward) -> str");
   // Lengths on the CPU to the device of key [B, Tk, D], with a launch: see cuda_attention.cpp.

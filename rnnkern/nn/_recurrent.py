@@ -17,6 +17,7 @@ from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._options import OPTIONS, Options
 from rnnkern.nn._packed import run_packed
 from rnnkern.nn._packing import Packing
+from rnnkern.nn._stack import run_stack, runs_as_one
 from rnnkern.nn._written import write_step
 from rnnkern.ops.formulas import Outputs
 from rnnkern.ops.packs import Weights
@@ -345,6 +346,9 @@ class _Recurrent(Packing, Options, Leaf):
             if c is None:
                 return y, h_n, None, states
             return y, h_n, c_n if compute == dtype else c_n.to(dtype), states
+        if runs_as_one(self, x, return_states):
+            y, h, c = run_stack(self, x, h, c, first[0], lengths, resets, casts)
+            return y, h, None if c is None else c.to(dtype), None
         h_layers, c_layers, outputs, cells = [], [], [], []
         for layer in range(L):
             weights, projection = self._layer_weights(layer) if layer else first

@@ -223,9 +223,31 @@ def cuda_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool) -> s
     Raises:
         BackendUnavailable: the engine that this thread forces cannot run it.
     """
-    try:
+    with _refused(cell):
         plan: str = torch.ops.rnnkern.cuda_plan(cell, x, h0, forced_engine(), tf32_allowed(), backward)
-        return plan
+    return plan
+
+
+def cuda_stack_plan(
+    cell: str,
+    x: torch.Tensor,
+    h0: torch.Tensor,  # [L, B, H]
+    lengths: torch.Tensor | None,
+    chunks: int,
+    backward: bool,
+) -> str:
+    """The same of a stack of layers: also whether they run as a wavefront, and in how many chunks of time."""
+    how = forced_engine(), tf32_allowed()
+    with _refused(cell):
+        plan: str = torch.ops.rnnkern.cuda_stack_plan(cell, x, h0, lengths, *how, chunks, backward)
+    return plan
+
+
+@contextmanager
+def _refused(cell: str) -> Iterator[None]:
+    """What the planner refuses is raised as BackendUnavailable."""
+    try:
+        yield
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         if "cannot run: " not in why:  # what the device said
@@ -281,16 +303,23 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool, fused
         if explaining():
             engine = ""
             if choice.backend in ("cuda", EMULATED):
-                engine = "one launch" if fused else cuda_plan(cell, x, h0, backward=False)
-                if torch.is_grad_enabled() and not fused:
-                    engine += f"; backward: {cuda_plan(cell, x, h0, backward=True)}"
-                if dtype == torch.float32 and choice.backend == "cuda" and not fused:
-                    settings = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-                    engine += f"; {float32_products(engine, *(place.fp32_precision for place in settings))}"
+                plan = functools.partial(cuda_plan, cell, x, h0)
+                engine = "one launch" if fused else both_passes(plan, dtype, choice.backend)
             note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why, engine)
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()
     return choice.backend
+
+
+def both_passes(plan: Callable[..., str], dtype: torch.dtype, backend: str) -> str:
+    """For `explain`: plan(backward=False), where gradients are enabled plan(backward=True), and how float32 fares."""
+    engine = plan(backward=False)
+    if torch.is_grad_enabled():
+        engine += f"; backward: {plan(backward=True)}"
+    if dtype == torch.float32 and backend == "cuda":
+        settings = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+        engine += f"; {float32_products(engine, *(place.fp32_precision for place in settings))}"
+    return engine
 
 
 @dataclass(frozen=True)

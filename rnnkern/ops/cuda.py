@@ -30,12 +30,16 @@ from rnnkern.ops.packs import Weights
 def _fake_layer(
     cell: str, x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    D, _, H = h0.shape
+    kept = kept_elements(cell, x, h0.shape[0] * h0.shape[2])
+    return (*fake_inference(cell, x, h0, c0, *rest), x.new_empty(kept, dtype=compute_dtype(x.dtype)))
+
+
+def kept_elements(cell: str, x: Tensor, units: int) -> int:
+    """Of the compute dtype: what forward keeps of a layer for backward."""
     rows = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1]
     spec, compute = CELLS[cell], compute_dtype(x.dtype)
-    values = D * rows * H * len(spec.saved) * x.element_size()  # bytes, in the storage type; c in the compute type
-    kept = D * rows * H * (len(spec.states) - 1) + (values + compute.itemsize - 1) // compute.itemsize
-    return (*fake_inference(cell, x, h0, c0, *rest), x.new_empty(kept, dtype=compute))
+    values = rows * units * len(spec.saved) * x.element_size()  # bytes, in the storage type; c in the compute type
+    return rows * units * (len(spec.states) - 1) + (values + compute.itemsize - 1) // compute.itemsize
 
 
 def _layer_backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -102,19 +106,24 @@ def fuses(cell: str, x: Tensor, H: int) -> bool:
     """Whether a step without gradients of rows x [B, ...] and H units is one launch on the backend that runs here."""
     if x.is_cpu and not _dispatch._overrides:
         return False
-    forced = _dispatch.forced()
-    backend = _dispatch.EMULATED if forced == _dispatch.EMULATED else "cuda"
-    if forced not in (None, backend) or _dispatch.forced_engine():
-        return False
-    changed = not torch.compiler.is_compiling() and _dispatch.transformed()
     return (
-        x.dtype in FUSED_DTYPES
-        and x.shape[0] <= FUSED_ROWS
-        and not onnx.exporting()
-        and not _dispatch.refusal(
-            backend, cell, x.device.type, x.dtype, H, transformed=changed, missing=_library.missing_on(x.device)
-        )
+        not _dispatch.forced_engine() and x.dtype in FUSED_DTYPES and x.shape[0] <= FUSED_ROWS and runs_here(cell, x, H)
     )
+
+
+def runs_here(cell: str, x: Tensor, H: int) -> bool:
+    """Whether these kernels, or their emulation, are what runs a layer of x here."""
+    if x.is_cpu and not _dispatch._overrides:
+        return False
+    forced, compiling = _dispatch.forced(), torch.compiler.is_compiling()
+    if forced not in (None, "cuda", _dispatch.EMULATED) or onnx.exporting():
+        return False
+    if not compiling and _dispatch.transformed():
+        return False
+    if forced is None and not compiling:  # a short call has no time to ask for the device's capability
+        return _dispatch._cached_choice(cell, x.device, x.dtype, 0, 0, H, False).backend == "cuda"
+    missing = _library.missing_on(x.device)
+    return not _dispatch.refusal(forced or "cuda", cell, x.device.type, x.dtype, H, missing=missing)
 
 
 class StepWorkspace(NamedTuple):

@@ -36,6 +36,25 @@ def _layer(
     return 2 * h0[0] * _rows(x) * w_ih[0] * (w_ih[1] + w_hh[1])
 
 
+def _stack(cell: str, x: Sequence[int], h0: Any, c0: Any, weights: Sequence[Sequence[int]], *_: Any, **__: Any) -> int:
+    """W_ih x and W_hh h of every step and layer."""
+    return 2 * _rows(x) * sum(w[0] * w[1] for w in weights if len(w) == 2)
+
+
+def _stack_backward(cell: str, *inputs: Any, **_: Any) -> int:
+    """As of a layer; the gradient of every layer's input but the first's is needed."""
+    x, h0, _c0, weights = inputs[3:7]
+    need_dx, need_dh0, need_dw = inputs[14:17]
+    matrices = [w for w in weights if len(w) == 2]
+    rows, L, B = _rows(x), h0[0], h0[1]
+    states = rows if need_dh0 else max(rows - B, 0)
+    columns = 0
+    for layer in range(L):
+        w_ih, w_hh = matrices[2 * layer : 2 * layer + 2]
+        columns += rows * w_ih[1] * ((layer > 0 or need_dx) + need_dw) + rows * w_hh[1] * need_dw + states * w_hh[1]
+    return int(2 * matrices[0][0] * columns)
+
+
 def _layer_backward(cell: str, *inputs: Any, **_: Any) -> int:
     """Transposed products where a gradient is wanted; without that of h0 the first step needs none for its state."""
     x, h0, _, w_ih, w_hh = inputs[4:9]
@@ -69,6 +88,8 @@ def _register(counter: ModuleType) -> None:
     for operators, formula in (
         ([ops.layer, ops.layer_inference, ops.layer_int8, ops.cuda_layer, ops.cuda_layer_inference], _layer),
         ([ops.layer_backward, ops.cuda_layer_backward], _layer_backward),
+        ([ops.cuda_stack, ops.cuda_stack_inference], _stack),
+        ([ops.cuda_stack_backward], _stack_backward),
         ([ops.attention, ops.attention_inference, ops.cuda_attention, ops.cuda_attention_inference], _attention),
         ([ops.attention_backward, ops.cuda_attention_backward], _attention_backward),
     ):

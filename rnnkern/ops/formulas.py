@@ -5,7 +5,7 @@ next, and then what the backend needs to know.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -103,36 +103,46 @@ def setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def double_backward(ctx: Any, *dgrads: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradient of `layer_backward`: the reference runs again, its gradient is taken twice.
-
-    Every tensor enters through an alias of its own, so that one that is a function of another (tied weights, say)
-    counts once; the aliases keep the graph where it is wanted, which gives derivatives of any order.
-    """
+    """Gradient of `layer_backward`: the reference runs again, its gradient is taken twice."""
     *tensors, lengths, resets = ctx.saved_tensors  # dy, dh_n, dc_n, dc_all, x, h0, c0, 8 weights
-    higher = torch.is_grad_enabled()
-    with torch.enable_grad():
-        aliases = [
-            None if t is None else t.view_as(t) if higher and t.requires_grad else t.detach().requires_grad_()
-            for t in tensors
-        ]
-        cotangents, inputs = aliases[:4], aliases[4:]
-        x, h0, c0, *weights = inputs
-        assert x is not None
-        assert h0 is not None
-        outputs = reference.layer(
+
+    def run(x: Tensor, h0: Tensor, c0: Tensor | None, *weights: Tensor | None) -> Outputs:
+        return reference.layer(
             CELLS[ctx.cell],
             x,
             h0,
             c0,
-            tuple(weights),
+            weights,
             lengths=lengths,
             resets=resets,
-            return_states=cotangents[3] is not None,
+            return_states=tensors[3] is not None,
             grad_clip=ctx.grad_clip,
         )
-        first = grad_of(outputs, cotangents, inputs, create_graph=True)
-        second = grad_of(first, dgrads, aliases, create_graph=higher)
+
+    second = differentiate_twice(run, tensors[:4], tensors[4:], dgrads)
     return (None, *second, *[None] * (len(ctx.needs_input_grad) - 16))
+
+
+def differentiate_twice(
+    run: Callable[..., Sequence[Tensor | None]],
+    cotangents: Sequence[Tensor | None],  # of the outputs
+    inputs: Sequence[Tensor | None],
+    dgrads: Sequence[Tensor | None],  # of the gradients of the inputs
+) -> list[Tensor | None]:
+    """The gradients of the cotangents and inputs, through outputs = run(*inputs) and their gradients.
+
+    Every tensor enters through an alias of its own, so that one that is a function of another (tied weights, say)
+    counts once; the aliases keep the graph where it is wanted, which gives derivatives of any order.
+    """
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [
+            None if t is None else t.view_as(t) if higher and t.requires_grad else t.detach().requires_grad_()
+            for t in (*cotangents, *inputs)
+        ]
+        of_outputs, of_inputs = aliases[: len(cotangents)], aliases[len(cotangents) :]
+        first = grad_of(run(*of_inputs), of_outputs, of_inputs, create_graph=True)
+        return grad_of(first, dgrads, aliases, create_graph=higher)
 
 
 def grad_of(
