@@ -12,6 +12,8 @@ from types import ModuleType
 
 import torch
 
+from rnnkern import triton
+
 _PATH = Path(__file__).with_name("librnnkern.so")
 _EMULATED_PATH = Path(__file__).with_name("librnnkern_emulated.so")
 # What these sources call. A library that was built of older ones lacks some.
@@ -102,11 +104,12 @@ _warned = False
 
 def missing_on(device: torch.device) -> dict[str, str]:
     """`missing`, for tensors on a device."""
+    missing_here = {**missing, "triton": triton.missing_on(device.type)}
     if device.type == "cuda" and not missing["cuda"] and torch.cuda.is_available():
         why = unsupported(cuda_code, str(device), torch.cuda.get_device_capability(device))
         if why:
-            return {**missing, "cuda": why}
-    return missing
+            missing_here["cuda"] = why
+    return missing_here
 
 
 def load_emulated() -> None:

@@ -1,11 +1,15 @@
 """Fixtures of every test: torch's global state is put back, and each instruction set that this CPU has is tried."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before Triton is imported, by torch perhaps
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import rnnkern
 from rnnkern import _enable, _operators

@@ -26,8 +26,8 @@ def test_cpu_kernels_run_what_they_support() -> None:
     ("change", "why"),
     [
         ({"device": "meta"}, "the tensors are on meta, not on the cpu"),
-        ({"device": "xpu"}, "the tensors are on xpu, not on the cpu"),
-        ({"device": "cuda", "missing": {"cuda": "no nvcc"}}, "no nvcc"),
+        ({"device": "xpu", "missing": {"triton": "no Triton"}}, "no Triton"),
+        ({"device": "cuda", "missing": {"cuda": "no nvcc", "triton": "no Triton"}}, "no nvcc; no Triton"),
         ({"projection": True}, "proj_size is not supported by cpu kernels"),
         ({"dtype": torch.complex64}, "torch.complex64 is not supported by cpu kernels"),
         ({"transformed": True}, "torch.func transforms and forward-mode derivatives are not supported by cpu kernels"),
@@ -38,10 +38,17 @@ def test_cpu_kernels_run_what_they_support() -> None:
 )
 def test_the_rest_falls_to_the_reference(change: dict[str, object], why: str) -> None:
     assert choose(**CASE | change) == Choice("eager", f"{why}: eager reference")
-    if change.get("device") != "cuda":
+    if "device" not in change:
         with pytest.raises(rnnkern.BackendUnavailable, match=why):
             choose(**CASE | change, forced="cpu")
     assert choose(**CASE | change, forced="eager").backend == "eager"
+
+
+def test_a_gpu_runs_the_first_that_can() -> None:
+    assert choose(**CASE | {"device": "cuda"}) == Choice("cuda", "")
+    assert choose(**CASE | {"device": "cuda", "missing": {"cuda": "no nvcc"}}) == Choice("triton", "no nvcc")
+    assert choose(**CASE | {"device": "xpu"}) == Choice("triton", "")
+    assert choose(**CASE | {"device": "cuda"}, forced="triton").backend == "triton"
 
 
 def test_forcing_a_backend_that_cannot_run() -> None:
@@ -50,9 +57,7 @@ def test_forcing_a_backend_that_cannot_run() -> None:
         rnnkern.backend("mps"),
     ):
         pass
-    with pytest.raises(rnnkern.BackendUnavailable, match="triton kernels are not part"), rnnkern.backend("triton"):
-        pass
-    for engine, name in (("systolic", "cuda"), ("stepwise", "cpu")):
+    for engine, name in (("systolic", "cuda"), ("stepwise", "cpu"), ("cluster", "triton"), ("resident", "cuda")):
         with pytest.raises(ValueError, match="engine must be one of"), rnnkern.backend(name, engine=engine):
             pass
 

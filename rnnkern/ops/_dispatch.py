@@ -13,11 +13,16 @@ from torch.autograd import forward_ad
 
 from rnnkern import _library
 from rnnkern.cells import CELLS, EAGER_CELLS
+from rnnkern.triton import interprets as triton_interprets
 
-BACKENDS = ("cpu", "triton", "cuda", "eager")  # in order of preference
+BACKENDS = ("cpu", "cuda", "triton", "eager")  # in order of preference
 EMULATED = "cuda-emulated"  # CUDA's kernels run by the CPU, for tests; chosen only by force
 ENGINES = ("stepwise", "cluster", "grid")  # of the CUDA backend
+TRITON_ENGINES = ("stepwise", "resident", "grid")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ENGINES_OF = {"cuda": ENGINES, EMULATED: ENGINES, "triton": TRITON_ENGINES}
+# Those that may run on a type of device, best first; on others the refusal of the CPU's is worth telling.
+_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 TRANSFORMED = "torch.func transforms and forward-mode derivatives are not supported"
 
 
@@ -46,10 +51,8 @@ def refusal(
     """Why a backend cannot run a layer, "" if it can; the arguments are those of `choose`."""
     if backend == "eager":
         return ""
-    if backend == "triton":
-        return "triton kernels are not part of this version"
     own = "cuda" if backend == "cuda" else "cpu"
-    if device != own:
+    if backend != "triton" and device != own:
         return f"the tensors are on {device}, not on the {own}"
     if projection:
         return f"proj_size is not supported by {backend} kernels"
@@ -98,15 +101,15 @@ def choose(
     Raises:
         BackendUnavailable: `forced` cannot run this.
     """
-    own = device if device in BACKENDS else "cpu"  # the backend whose refusal is worth telling
-    why = refusal(
-        forced or own, cell, device, dtype, H, projection=projection, transformed=transformed, missing=missing
-    )
-    if forced is not None:
-        if why:
+    passed_over: list[str] = []
+    for backend in (forced,) if forced else _PREFERRED.get(device, ("cpu",)):
+        why = refusal(backend, cell, device, dtype, H, projection=projection, transformed=transformed, missing=missing)
+        if not why:
+            return Choice(backend, "forced by rnnkern.backend" if forced else "; ".join(passed_over))
+        if forced:
             raise BackendUnavailable(f"backend {forced!r} cannot run {cell}: {why}")
-        return Choice(forced, "forced by rnnkern.backend")
-    return Choice("eager", f"{why}: eager reference") if why else Choice(own, "")
+        passed_over.append(why)
+    return Choice("eager", f"{'; '.join(passed_over)}: eager reference")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -145,6 +148,8 @@ class _Override:
 def absence(backend: str) -> str:
     """Why a backend can run nothing here, "" if it can."""
     device = "cuda" if backend == "cuda" else "cpu"
+    if backend == "triton" and not triton_interprets():
+        device = next((kind for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()), device)
     why = refusal(backend, "lstm", device, torch.float32, 1, missing=_library.missing_on(torch.device(device)))
     return "torch finds no GPU" if not why and device == "cuda" and not torch.cuda.is_available() else why
 
@@ -157,8 +162,9 @@ def backend(name: str, *, engine: str | None = None) -> Iterator[None]:
 
     Args:
         name: the backend.
-        engine: of the CUDA backend: "stepwise" (a product and a kernel for each step), "cluster" or "grid" (one kernel
-            for all steps, recurrent weights on the chip); None: the library chooses for each pass.
+        engine: of the backends "cuda" and "triton": "stepwise" (a product and a kernel for each step) or "grid" (one
+            kernel for all steps, recurrent weights on the chip), "cluster" of "cuda" (the same, within clusters of
+            blocks) and "resident" of "triton" (within single blocks); None: the library chooses for each pass.
 
     Raises:
         ValueError: there is no backend or engine of that name.
@@ -171,9 +177,10 @@ def backend(name: str, *, engine: str | None = None) -> Iterator[None]:
     """
     if name not in (*BACKENDS, EMULATED):
         raise ValueError(f"backend must be one of {', '.join(sorted((*BACKENDS, EMULATED)))}, got {name!r}")
-    if engine is not None and (name not in ("cuda", EMULATED) or engine not in ENGINES):
+    if engine is not None and engine not in _ENGINES_OF.get(name, ()):
         raise ValueError(
-            f"engine must be one of {', '.join(ENGINES)}, with backend 'cuda'; got {engine!r} with {name!r}"
+            f"engine must be one of {', '.join(ENGINES)} with backend 'cuda', of {', '.join(TRITON_ENGINES)} with "
+            f"'triton'; got {engine!r} with {name!r}"
         )
     if name == EMULATED:
         _library.load_emulated()
@@ -190,7 +197,7 @@ def forced() -> str | None:
 
 
 def forced_engine() -> str:
-    """The CUDA engine that this thread forces, or ""."""
+    """The engine that this thread forces, or ""."""
     return (getattr(_thread, "engine", None) or "") if _overrides else ""
 
 
@@ -255,6 +262,21 @@ def _refused(cell: str) -> Iterator[None]:
         raise BackendUnavailable(f"{cell}: {why}") from None
 
 
+def triton_plan(cell: str, x: torch.Tensor, h0: torch.Tensor) -> str:
+    """The engine of Triton that runs a layer, and how it cuts the layer.
+
+    Raises:
+        BackendUnavailable: the engine that this thread forces cannot run it.
+    """
+    from rnnkern.triton import config
+
+    D, B, H = h0.shape
+    try:
+        return str(config.plan(cell, x.dtype, H, B, D, forced_engine(), config.facts_of(x.device)))
+    except RuntimeError as error:
+        raise BackendUnavailable(f"{cell}: {error}") from None
+
+
 def explaining() -> bool:
     """Whether `explain` is at work in this thread."""
     return _overrides > 0 and getattr(_thread, "notes", None) is not None
@@ -305,6 +327,8 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool, fused
             if choice.backend in ("cuda", EMULATED):
                 plan = functools.partial(cuda_plan, cell, x, h0)
                 engine = "one launch" if fused else both_passes(plan, dtype, choice.backend)
+            elif choice.backend == "triton":
+                engine = triton_plan(cell, x, h0)
             note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why, engine)
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()
@@ -336,7 +360,7 @@ class LayerNote:
     D: int
     backend: str
     why: str
-    engine: str = ""  # of the CUDA backend, with what it takes of the GPU; of both passes where gradients are enabled
+    engine: str = ""  # of a GPU backend, with what it takes of the GPU; of both passes where these may differ
 
     def __str__(self) -> str:
         shape = f"T={self.T} B={self.B} I={self.I} H={self.H} D={self.D}"

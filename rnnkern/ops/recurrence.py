@@ -17,7 +17,7 @@ from torch import Tensor
 from rnnkern import _library
 from rnnkern.cells import CELLS, find_cell, reference
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops import cuda, onnx
+from rnnkern.ops import cuda, onnx, triton
 from rnnkern.ops._dispatch import select
 from rnnkern.ops.formulas import (
     Outputs,
@@ -195,7 +195,8 @@ def recurrence(
     )
     if chosen != "cpu":
         check_weights(x, weights, cell, h0, h0)
-        return cuda.layer(cell, x, h0, c0, weights, lengths, resets, return_states, grad_clip, training)
+        run_layer = triton.layer if chosen == "triton" else cuda.layer
+        return run_layer(cell, x, h0, c0, weights, lengths, resets, return_states, grad_clip, training)
     if training:
         if packs is not None:
             packs.forget()  # an optimizer may follow that changes the weights without a trace

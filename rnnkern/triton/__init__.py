@@ -1,0 +1,48 @@
+"""Kernels in Triton: GPUs of NVIDIA, AMD and Intel without any compiler but Triton's, which comes with torch for them.
+
+  cells/         the pointwise maths of each cell, forward and backward
+  sequence.py    which step of a row comes when, and where it lies; pointwise.py: one step of a tile of rows and units
+  stepwise.py    engine: torch multiplies by the recurrent weights, one kernel per step does the rest
+  resident.py    engine: one program runs all steps of a tile of rows, the weights stay in it
+  grid.py        engine: the programs of a cooperative launch share the units, and show each other h after each step
+  config.py      which engine, and how it cuts a layer; layer.py: the layer around the recurrence
+  launch.py      the one way to run a kernel; compile.py: all kernels ahead of time, and what they need
+
+Importing this package imports no Triton: that takes time, and most processes on a CPU never need it.
+"""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+OLDEST = (3, 6)  # Triton's version; older ones lack tuples of tensors in kernels
+
+
+def interprets() -> bool:
+    """Whether Triton runs kernels by its interpreter, which takes tensors on the CPU: TRITON_INTERPRET=1, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _missing() -> str:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return "Triton is not installed"
+    version = re.search(r"""^__version__ = ['"]((\d+)\.(\d+)[^'"]*)""", Path(spec.origin).read_text(), re.MULTILINE)
+    if version is None or (int(version[2]), int(version[3])) < OLDEST:
+        found = "of an unknown version" if version is None else version[1]
+        return f"the kernels need Triton {'.'.join(map(str, OLDEST))} or later, this is {found}"
+    return ""
+
+
+reason = _missing()  # why Triton cannot be used here, "" if it can
+available = not reason
+
+
+def missing_on(device: str) -> str:
+    """Why no Triton kernel runs on tensors of a type of device, "" if they run."""
+    if device not in ("cpu", "cuda", "xpu"):
+        return f"the tensors are on {device}, not on a GPU"
+    if device == "cpu" and not interprets():
+        return "Triton's kernels run on a CPU by Triton's interpreter alone, for tests: TRITON_INTERPRET=1"
+    return reason

@@ -1,0 +1,56 @@
+"""The one way to run a kernel; and what a launch would compile, for a GPU that is not here."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rnnkern.triton import config
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments: tensors and numbers in order, constexprs and Triton's options by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any] = field(default_factory=dict)
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def recording(facts: config.Facts) -> Iterator[list[Launch]]:
+    """Inside, layers are cut for a GPU of these facts, and what would be launched is listed instead."""
+    global _recorded
+    launches: list[Launch] = []
+    with config.pretending(facts):
+        before, _recorded = _recorded, launches
+        try:
+            yield launches
+        finally:
+            _recorded = before
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Runs a kernel on the current stream; an empty grid is no launch."""
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, constants))
+        return
+    kernel[grid](*arguments, **constants)
+
+
+def device_guard(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes x's device the current one, on which Triton launches."""
+    if x.device.type in ("cpu", "meta"):
+        return nullcontext()
+    guard: AbstractContextManager[Any] = torch.get_device_module(x.device).device(x.device)
+    return guard

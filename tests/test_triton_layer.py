@@ -1,0 +1,119 @@
+"""Triton's engines, interpreted: outputs and all gradients against float64, for every cell, dtype and engine."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnkern
+from rnnkern import triton as kernels
+from rnnkern.cells import CELLS
+from rnnkern.ops._dispatch import TRITON_ENGINES
+from tests.helpers import Layer, assert_as_accurate, make_layer
+from tests.test_recurrence import lengths_like, names
+
+_why = kernels.missing_on("cpu")
+pytestmark = pytest.mark.skipif(bool(_why), reason=_why)
+
+# bfloat16 is not among them: the interpreter truncates where a GPU rounds, and multiplies it wrongly.
+CASES = [(engine, dtype) for engine in TRITON_ENGINES for dtype in (torch.float32, torch.float16)]
+CASES += [("stepwise", torch.float64)]
+every_engine = pytest.mark.parametrize(("engine", "dtype"), CASES, ids=names)
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32() -> Iterator[None]:
+    """Products of float32 are to be as exact as those of the other backends."""
+    rnn = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
+    yield
+    rnn.fp32_precision = before
+
+
+@every_engine
+@pytest.mark.parametrize(("T", "B", "I", "H", "D"), [(1, 1, 1, 1, 1), (3, 3, 10, 17, 2), (2, 17, 5, 40, 1)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_outputs_and_gradients(
+    cell: str, T: int, B: int, I: int, H: int, D: int, engine: str, dtype: torch.dtype
+) -> None:
+    layer = make_layer(cell, T, B, I, H, D=D, dtype=dtype, bias=H != 40 or dtype == torch.float16, seed=T * H)
+    assert_as_accurate(layer.run("triton", engine=engine), layer.run_reference(), layer.run_torch(), dtype)
+
+
+def odd_layer(cell: str, dtype: torch.dtype) -> Layer:
+    """Rows that end, begin again, or have no step; padding of NaN; every c; gradients limited."""
+    T, B = 4, 7
+    lengths = lengths_like("zeros", T, B)
+    layer = make_layer(
+        cell,
+        T,
+        B,
+        5,
+        18,
+        D=2,
+        dtype=dtype,
+        lengths=lengths,
+        resets=torch.rand(T, B) < 0.3,
+        every_c=True,
+        grad_clip=0.1,
+    )
+    layer.x = layer.x.masked_fill((torch.arange(T)[:, None] >= lengths)[:, :, None], torch.nan)
+    return layer
+
+
+@every_engine
+@pytest.mark.parametrize("cell", CELLS)
+def test_lengths_and_resets(cell: str, engine: str, dtype: torch.dtype) -> None:
+    layer = odd_layer(cell, dtype)
+    assert_as_accurate(layer.run("triton", engine=engine), layer.run_reference(), layer.run("eager"), dtype)
+
+
+@pytest.mark.parametrize("engine", TRITON_ENGINES)
+def test_packed_rows(engine: str) -> None:
+    lengths = torch.tensor([4, 3, 3, 1, 0])
+    padded = make_layer("lstm", 4, 5, 6, 18, D=2, lengths=lengths, every_c=True)
+    present = torch.arange(4)[:, None] < lengths
+    dy, dh_n, dc_n, dc_all = padded.cotangents
+    packed = dataclasses.replace(padded, x=padded.x[present], cotangents=(dy[present], dh_n, dc_n, dc_all[present]))
+    actual = packed.run("triton", engine=engine)
+    assert_as_accurate(actual, packed.run_reference(), packed.run("eager"), torch.float32)
+
+
+def test_gradients_of_any_order() -> None:
+    gru, x = rnnkern.nn.GRU(2, 3).double(), torch.randn(2, 1, 2, dtype=torch.double, requires_grad=True)
+    found = []
+    for backend in ("eager", "triton"):
+        with rnnkern.backend(backend):
+            (first,) = torch.autograd.grad(gru(x)[0].sin().sum(), x, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+            found.append((first, second, *torch.autograd.grad(second.square().sum(), x)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize(("T", "B", "I"), [(0, 3, 4), (5, 0, 4), (5, 3, 0)])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize("engine", TRITON_ENGINES)
+def test_nothing_to_do(engine: str, cell: str, T: int, B: int, I: int) -> None:
+    layer = make_layer(cell, T, B, I, 6, D=2)
+    assert_as_accurate(layer.run("triton", engine=engine), layer.run_reference(), layer.run("eager"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["triton_layer", "triton_layer_inference", "triton_layer_backward"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_opcheck(cell: str, name: str) -> None:
+    layer = make_layer(cell, 2, 2, 4, 5, D=2)
+    inputs = (cell, layer.x, layer.h0, layer.c0, *layer.weights)
+    how = "resident", False
+    if name == "triton_layer_inference":
+        arguments: tuple[object, ...] = (*inputs, None, None, True, *how)
+    elif name == "triton_layer":
+        leaves = (t.requires_grad_() if isinstance(t, Tensor) else t for t in inputs)
+        arguments = (*leaves, None, None, True, 0.0, *how)
+    else:
+        y, *_, saved = torch.ops.rnnkern.triton_layer(*inputs, None, None, True, 0.0, *how)
+        dy, dh_n, dc_n, dc_all = layer.cotangents
+        states = (dc_n, dc_all) if cell == "lstm" else (None, None)
+        arguments = (cell, dy, dh_n, *states, *inputs[1:], None, None, y, saved, True, True, True, 0.0, *how)
+    torch.library.opcheck(getattr(torch.ops.rnnkern, name).default, arguments)
