@@ -272,7 +272,8 @@ def triton_plan(cell: str, x: torch.Tensor, h0: torch.Tensor) -> str:
 
     D, B, H = h0.shape
     try:
-        return str(config.plan(cell, x.dtype, H, B, D, forced_engine(), config.facts_of(x.device)))
+        facts = config.facts_of(x.device)
+        return str(config.plan(cell, x.dtype, H, B, D, forced_engine(), tf32_allowed(), facts))
     except RuntimeError as error:
         raise BackendUnavailable(f"{cell}: {error}") from None
 

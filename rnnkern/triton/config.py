@@ -14,7 +14,10 @@ import torch
 from rnnkern.cells import CELLS
 from rnnkern.triton import interprets
 
-ENGINES = ("stepwise", "resident", "grid")
+# Bytes of shared memory that a program has besides weights, at most: sums and changes of layout.
+SCRATCH = 20480
+# AMD's compiler keeps weights in registers, of which a program of 4 warps has 512 KB; above these bytes it spills.
+REGISTER_WEIGHTS = {"resident": 65536, "grid": 131072}
 
 
 class Facts(NamedTuple):
@@ -99,30 +102,40 @@ def _stepwise(H: int) -> Plan:
     return Plan("stepwise", rows=max(512 // units, 1), units=units, warps=4)
 
 
-def _resident(gates: int, H: int, size: int, facts: Facts) -> Plan | str:
-    """The plan, or why there is none."""
+def _no_room(engine: str, weights: int, scratch: int, facts: Facts) -> str:
+    """Why a program cannot hold so many bytes of weights, "" if it can."""
+    room = REGISTER_WEIGHTS[engine] if facts.kind == "hip" else facts.shared_bytes - scratch
+    return f"a program has room for {room} bytes of W_hh, and needs {weights}" if weights > room else ""
+
+
+def _resident(gates: int, H: int, B: int, D: int, size: int, facts: Facts) -> Plan | str:
+    """The plan, or why there is none; `size`: bytes of a weight."""
     units = max(power_of_two(H), 16)
-    weights = gates * units * units * size
-    if weights + 2 * 16 * units * 4 > facts.shared_bytes:
-        return f"W_hh of {gates} gates of {units} units has {weights} bytes, a program {facts.shared_bytes}"
-    return Plan("resident", rows=16, units=units, warps=8 if units >= 64 else 4)
+    why = _no_room("resident", gates * units * units * size, SCRATCH, facts)
+    if why:
+        return why
+    many = divide_up(B, 16) * D > 2 * facts.multiprocessors  # programs enough: then larger ones, which spare weights
+    warps = 4 if facts.kind == "hip" or units < 64 else 8
+    return Plan("resident", rows=32 if many and units <= 64 and warps == 8 else 16, units=units, warps=warps)
 
 
 def _grid(gates: int, H: int, B: int, D: int, size: int, facts: Facts) -> Plan | str:
-    """The plan, or why there is none."""
-    warps, units, rows = 8, 16, 16 if B <= 16 else 32
-    largest = 64 if H > 512 else 32
-    slice_size = max(16, min(power_of_two(divide_up(H, warps)), largest))
+    """The plan, or why there is none; `size`: bytes of a weight."""
+    warps, units, rows = 4 if facts.kind == "hip" else 8, 16, 16
+    slice_size = max(16, min(power_of_two(divide_up(H, warps)), 64))
+    while slice_size > 16 and divide_up(H, warps * slice_size) * slice_size > divide_up(H, warps * 16) * 16:
+        slice_size //= 2  # while that pads H less
     weights = gates * units * divide_up(H, warps * slice_size) * warps * slice_size * size
-    if weights + 65536 // 2 > facts.shared_bytes:
-        return f"W_hh of {units} units has {weights} bytes, a program {facts.shared_bytes}"
+    why = _no_room("grid", weights, SCRATCH if size < 8 else 2 * SCRATCH, facts)
+    if why:
+        return why
     programs = divide_up(H, units) * divide_up(B, rows) * D
     if facts.cooperative and programs > facts.multiprocessors:
         return f"{programs} programs must run at once, the device has {facts.multiprocessors} multiprocessors"
     return Plan("grid", rows, units, warps, warps, slice_size, facts.cooperative)
 
 
-def plan(cell: str, dtype: torch.dtype, H: int, B: int, D: int, engine: str, facts: Facts) -> Plan:
+def plan(cell: str, dtype: torch.dtype, H: int, B: int, D: int, engine: str, tf32: bool, facts: Facts) -> Plan:
     """Chooses an engine and cuts a layer for it.
 
     Args:
@@ -132,22 +145,25 @@ def plan(cell: str, dtype: torch.dtype, H: int, B: int, D: int, engine: str, fac
         B: rows.
         D: directions.
         engine: that the caller wants, or "" for the first of resident, grid and stepwise that can run.
+        tf32: whether products of float32 may be TF32.
         facts: of the device.
 
     Raises:
         RuntimeError: `engine` cannot run this; the message says "cannot run: " and why.
     """
     gates, size = len(CELLS[cell].gates), dtype.itemsize
+    if precision(facts, dtype, tf32) == "tf32x3":
+        size *= 2  # a weight is kept as two numbers of TF32
     found: Plan | str = _stepwise(H)
     for candidate in ("resident", "grid"):
-        if engine not in ("", candidate):
+        if engine != candidate and (engine or facts.kind == "xpu"):  # nobody has compiled these for xpu
             continue
         if dtype == torch.float64:
             found = "float64 is for the stepwise engine"
         elif facts.kind == "interpreter" and dtype == torch.bfloat16:
             found = "Triton's interpreter multiplies bfloat16 wrongly"
         elif candidate == "resident":
-            found = _resident(gates, H, size, facts)
+            found = _resident(gates, H, B, D, size, facts)
         else:
             found = _grid(gates, H, B, D, size, facts)
         if isinstance(found, Plan):

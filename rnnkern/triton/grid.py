@@ -19,7 +19,7 @@ bytes a clock 500; adding up 8 slices of 4 KB in shared memory 300; counter and 
 import triton
 import triton.language as tl
 
-from rnnkern.triton.pointwise import load_bias, load_step, step_backward, step_forward
+from rnnkern.triton.pointwise import keep_step, load_bias, load_step, step_backward, step_forward
 from rnnkern.triton.sequence import load_parts, row_has, row_lengths, row_places, row_starts
 
 
@@ -73,9 +73,9 @@ def forward(
     length = row_lengths(seq, b, T, B)
     w = ()  # of each chunk and gate, w[s, k, u] = W_hh[g H + u, k]
     for chunk in tl.static_range(chunks):
-        k = slices(chunk, S, KS)[:, :, None]
-        within = (k < H) & (u < H)[None, None, :]
-        w = w + (load_parts(f.w_hh + d * (G * H * H), u[None, None, :] * H + k, within, G, H * H),)
+        of = slices(chunk, S, KS)[:, :, None]
+        within = (of < H) & (u < H)[None, None, :]
+        w = w + (load_parts(f.w_hh + d * (G * H * H), u[None, None, :] * H + of, within, G, H * H),)
     bias = load_bias(f, d, u, tl.float32, G, H)
     states = (d.to(tl.int64) * B + b) * H
     own = states[:, None] + u[None, :]
@@ -101,18 +101,20 @@ def forward(
             sums = sums + (tl.zeros((S, R, U), tl.float32),)
         for chunk in tl.static_range(chunks):
             k = slices(chunk, S, KS)[:, None, :]
-            h = tl.load(state[None, :, None] + k, mask=here[None, :, None] & (k < H), other=0.0, cache_modifier=".cg")
+            mask = here[None, :, None] & (k < H)
+            operand = tl.load(state[None, :, None] + k, mask=mask, other=0.0, cache_modifier=".cg")
             added = ()
             for g in tl.static_range(G):
-                added = added + (tl.dot(h, w[chunk][g], sums[g], input_precision=PRECISION),)
+                added = added + (tl.dot(operand, w[chunk][g], sums[g], input_precision=PRECISION),)
             sums = added
         gh = ()
         for g in tl.static_range(G):
             gh = gh + (tl.sum(sums[g], 0),)
         h = tl.load(state[:, None] + u[None, :], mask=here[:, None] & (u < H)[None, :], other=0.0, cache_modifier=".cg")
-        h_next, c_next = step_forward(CELL, f, gx, gh, bias, h, c, row, u, alive, H, SAVED)
+        h_next, c_next, saved = step_forward(CELL, f, gx, gh, bias, h, c, row, u, alive, H)
         if counters is not None:
             arrive(counters + tl.program_id(1) * D + d)
+        keep_step(f, saved, c, c_next, row, u, alive, H, SAVED)
         c = tl.where(alive, c_next, c)
         tl.store(f.h_n + own, h_next, mask=alive & (step + 1 == length)[:, None])
     if f.c_n is not None:
@@ -149,9 +151,9 @@ def backward(
     length = row_lengths(seq, b, T, B)
     w = ()  # of each chunk and gate, w[s, k, u] = W_hh[g H + k, u]
     for chunk in tl.static_range(chunks):
-        i = slices(chunk, S, KS)[:, :, None]
-        within = (i < H) & (u < H)[None, None, :]
-        w = w + (load_parts(k.w_hh + d * (G * H * H), i * H + u[None, None, :], within, G, H * H),)
+        of = slices(chunk, S, KS)[:, :, None]
+        within = (of < H) & (u < H)[None, None, :]
+        w = w + (load_parts(k.w_hh + d * (G * H * H), of * H + u[None, None, :], within, G, H * H),)
     own = ((d.to(tl.int64) * B + b) * H)[:, None] + u[None, :]
     dh = tl.load(k.dh0 + own, mask=inside, other=0.0)
     dc = tl.zeros_like(dh)
@@ -174,11 +176,11 @@ def backward(
             wait(counters + tl.program_id(1) * D + d, done * tl.num_programs(0))
         sums = tl.zeros((S, R, U), tl.float32)
         for chunk in tl.static_range(chunks):
-            i = slices(chunk, S, KS)[:, None, :]
+            gate = slices(chunk, S, KS)[:, None, :]
             for g in tl.static_range(G):
                 dgh = tl.load(
-                    k.dgh + after[None, :, None] + g * H + i,
-                    mask=here[None, :, None] & (i < H),
+                    k.dgh + after[None, :, None] + g * H + gate,
+                    mask=here[None, :, None] & (gate < H),
                     other=0.0,
                     cache_modifier=".cg",
                 )

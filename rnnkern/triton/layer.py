@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
@@ -77,23 +78,23 @@ class Layer:
         self.spec = CELLS[self.cell]
         self.gates = len(self.spec.gates) * self.H
         self.compute = compute_dtype(self.x.dtype)
-        self.w_hh = self.stacked(1).view(self.D, self.gates, self.H)
+        self.w_hh = self.matrix(1).view(self.D, self.gates, self.H)
 
-    def stacked(self, which: int) -> Tensor:
-        """A weight matrix of both directions, one above the other."""  # [D*G*H, ...]
-        found = [self.weights[4 * d + which] for d in range(self.D)]
-        present = [w for w in found if w is not None]
-        return torch.cat(present) if self.D == 2 else present[0].contiguous()
+    def stacked(self, which: int) -> Tensor | None:
+        """A weight of both directions, one above the other."""  # [D*G*H] or [D*G*H, ...]
+        present = [w for w in self.weights[which : 4 * self.D : 4] if w is not None]
+        return torch.cat(present) if len(present) == 2 else present[0].contiguous() if present else None
 
-    def bias(self) -> Tensor | None:
-        """[D, 2, G*H], or None."""
-        found = [w for d in range(self.D) for w in self.weights[4 * d + 2 : 4 * d + 4] if w is not None]
-        return torch.stack(found).view(self.D, 2, self.gates) if found else None
+    def matrix(self, which: int) -> Tensor:
+        """`stacked`, of what is never missing."""
+        stacked = self.stacked(which)
+        assert stacked is not None
+        return stacked
 
     def plan(self, engine: str) -> Plan:
         """How an engine runs this."""
         facts = config.facts_of(self.x.device)
-        return config.plan(self.cell, self.x.dtype, self.H, self.B, self.D, engine, facts)
+        return config.plan(self.cell, self.x.dtype, self.H, self.B, self.D, engine, self.tf32, facts)
 
     def constants(self, plan: Plan) -> dict[str, Any]:
         """What every kernel of an engine takes by name."""
@@ -149,8 +150,8 @@ def forward(layer: Layer, engine: str, return_states: bool, save: bool) -> tuple
     if save:
         kept = x.new_empty(saved_sizes(layer.cell, layer.rows, D, H, x.dtype)[0], dtype=layer.compute)
         saved, c_before = layer.values(kept)
-    gx = x.view(layer.rows, x.shape[-1]) @ layer.stacked(0).t()
-    given = Forward(gx, layer.bias(), layer.w_hh, layer.h0, y, h_n, c_n, c_all, saved, c_before)
+    gx = linear(x.view(layer.rows, x.shape[-1]), layer.matrix(0), layer.stacked(2))
+    given = Forward(gx, layer.w_hh, layer.stacked(3), layer.h0, y, h_n, c_n, c_all, saved, c_before)
     constants = layer.constants(plan) | {"CELL": find_cell(layer.cell).forward}
     sizes = layer.T, B
     if plan.engine == "resident":
@@ -266,7 +267,7 @@ def backward(
         assert layer.sequence.lengths is not None
         steps = torch.arange(layer.T, device=x.device)[:, None]
         x = x.masked_fill((steps >= layer.sequence.lengths)[:, :, None], 0)
-    dx = (dgx @ layer.stacked(0)).view(x.shape) if need_dx else none
+    dx = (dgx @ layer.matrix(0)).view(x.shape) if need_dx else none
     dw = []
     for i, w in enumerate(layer.weights):
         d, which = divmod(i, 4)

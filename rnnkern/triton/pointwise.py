@@ -15,9 +15,9 @@ from rnnkern.triton.sequence import convert, load_parts, store_parts
 class Forward(NamedTuple):
     """What forward takes and gives; pointers in kernels."""
 
-    gx: Any  # S [N, D, G*H]: W_ih x
-    bias: Any  # S [D, 2, G*H]: b_ih, b_hh; or None
+    gx: Any  # S [N, D, G*H]: W_ih x + b_ih
     w_hh: Any  # S [D, G*H, H]
+    b_hh: Any  # S [D, G*H] or None
     h0: Any  # S [D, B, H]
     y: Any  # S [N, D*H]; past a row's end it is left alone
     h_n: Any  # S [D, B, H]: h0 at first
@@ -44,16 +44,15 @@ class Backward(NamedTuple):
 
 @triton.jit
 def load_bias(f, d, u, dtype: tl.constexpr, G: tl.constexpr, H: tl.constexpr):
-    """b_ih and b_hh of units u [U], each a tuple of [1, U] per gate; zeros if there are none."""
-    if f.bias is None:
-        none = ()
-        for _ in tl.static_range(G):
-            none = none + (0.0,)
-        return none, none
-    at, mask = d * (2 * G * H) + u[None, :], u[None, :] < H
-    return convert(load_parts(f.bias, at, mask, G, H), dtype), convert(
-        load_parts(f.bias, at + G * H, mask, G, H), dtype
-    )
+    """b_hh of units u [U], [1, U] for each gate; zeros if there is none."""
+    bias = ()
+    for g in tl.static_range(G):
+        if f.b_hh is None:
+            bias = bias + (0.0,)
+        else:
+            at = f.b_hh + d * (G * H) + g * H + u[None, :]
+            bias = bias + (tl.load(at, mask=u[None, :] < H, other=0.0).to(dtype),)
+    return bias
 
 
 @triton.jit
@@ -71,31 +70,35 @@ def step_forward(
     f,
     gx,  # of each gate [R, U], in the storage type
     gh,  # of each gate [R, U], in the compute type
-    bias,
+    bias,  # of each gate [1, U]
     h,  # [R, U]: the state before the step
     c,
     row,  # [R]: place * D + d
     u,  # [U]
     alive,  # [R, U]: rows that have this step, units that the layer has
     H: tl.constexpr,
-    SAVED: tl.constexpr,
 ):
-    """Stores y and what backward needs; returns h as it is stored, and c (that before, of a cell without)."""
+    """Stores y; returns h as it is stored, c (that before, of a cell without), and what backward needs."""
     dtype: tl.constexpr = gh[0].dtype
-    next, saved = CELL(add(convert(gx, dtype), bias[0]), add(gh, bias[1]), (h.to(dtype), c))
+    next, saved = CELL(convert(gx, dtype), add(gh, bias), (h.to(dtype), c))
     h_next = next[0].to(f.y.dtype.element_ty)
-    at = row[:, None] * H + u[None, :]
-    tl.store(f.y + at, h_next, mask=alive)
-    if f.saved is not None:
-        store_parts(f.saved, saved, row[:, None] * (SAVED * H) + u[None, :], alive, H)
+    tl.store(f.y + row[:, None] * H + u[None, :], h_next, mask=alive)
     c_next = c
     if f.c_n is not None:
         c_next = next[1]
-        if f.c_before is not None:
-            tl.store(f.c_before + at, c, mask=alive)
-        if f.c_all is not None:
-            tl.store(f.c_all + at, c_next, mask=alive)
-    return h_next, c_next
+    return h_next, c_next, saved
+
+
+@triton.jit
+def keep_step(f, saved, c, c_next, row, u, alive, H: tl.constexpr, SAVED: tl.constexpr):
+    """Stores the rest of what a step gives; apart from y, which others may wait for."""
+    at = row[:, None] * H + u[None, :]
+    if f.saved is not None:
+        store_parts(f.saved, saved, row[:, None] * (SAVED * H) + u[None, :], alive, H)
+    if f.c_before is not None:
+        tl.store(f.c_before + at, c, mask=alive)
+    if f.c_all is not None:
+        tl.store(f.c_all + at, c_next, mask=alive)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ bytes a clock: 1024 clocks, which more rows share; what is pointwise, and the wa
 import triton
 import triton.language as tl
 
-from rnnkern.triton.pointwise import load_bias, load_step, step_backward, step_forward
+from rnnkern.triton.pointwise import keep_step, load_bias, load_step, step_backward, step_forward
 from rnnkern.triton.sequence import load_parts, row_has, row_lengths, row_places, row_starts
 
 
@@ -62,7 +62,8 @@ def forward(
         gh = ()
         for g in tl.static_range(G):
             gh = gh + (tl.dot(h, w[g], input_precision=PRECISION),)
-        h_next, c_next = step_forward(CELL, f, gx, gh, bias, h, c, row, u, alive, H, SAVED)
+        h_next, c_next, saved = step_forward(CELL, f, gx, gh, bias, h, c, row, u, alive, H)
+        keep_step(f, saved, c, c_next, row, u, alive, H, SAVED)
         h, c = tl.where(alive, h_next, h), tl.where(alive, c_next, c)
         row, alive, gx = coming_row, coming_alive, coming_gx
     tl.store(f.h_n + own, h, mask=inside)

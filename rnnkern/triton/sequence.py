@@ -23,8 +23,10 @@ class Sequence(NamedTuple):
 def row_lengths(seq, b, T, B):
     """Of rows b [R]; 0 for those past the batch."""
     if seq.lengths is None:
-        return tl.where(b < B, T, 0).to(tl.int64)
-    return tl.load(seq.lengths + b, mask=b < B, other=0)
+        length = tl.where(b < B, T, 0).to(tl.int64)
+    else:
+        length = tl.load(seq.lengths + b, mask=b < B, other=0)
+    return length
 
 
 @triton.jit
@@ -39,18 +41,22 @@ def row_places(seq, step, length, d, b, B):
     """Of a step of rows b [R] in direction d; of no meaning for rows without that step."""
     t = tl.where(d == 0, step, length - 1 - step)
     if seq.offsets is None:
-        return t * B + b
-    return tl.load(seq.offsets + t, mask=row_has(step, length), other=0) + b
+        first = t * B
+    else:
+        first = tl.load(seq.offsets + t, mask=row_has(step, length), other=0)
+    return first + b
 
 
 @triton.jit
 def row_starts(seq, step, length, d, b, B):
     """Whether an episode starts with this step of rows b [R], so that the state before it is zero."""
     if seq.resets is None:
-        return length < 0
-    edge = tl.where(d == 0, step, length - step)
-    within = row_has(step, length) & (edge < length)
-    return tl.load(seq.resets + edge * B + b, mask=within, other=0) != 0
+        starts = length < 0
+    else:
+        edge = tl.where(d == 0, step, length - step)
+        within = row_has(step, length) & (edge < length)
+        starts = tl.load(seq.resets + edge * B + b, mask=within, other=0) != 0
+    return starts
 
 
 @triton.jit

@@ -11,7 +11,7 @@ whole layer takes these away.
 import triton
 import triton.language as tl
 
-from rnnkern.triton.pointwise import load_bias, load_step, step_backward, step_forward
+from rnnkern.triton.pointwise import keep_step, load_bias, load_step, step_backward, step_forward
 from rnnkern.triton.sequence import load_parts, row_has, row_lengths, row_places, row_starts
 
 
@@ -58,7 +58,8 @@ def forward_step(
         c = tl.load(f.c_n + own, mask=alive, other=0.0)
         if seq.resets is not None:
             c = tl.where(row_starts(seq, step, length, d, b, B)[:, None], 0.0, c)
-    h_next, c_next = step_forward(CELL, f, gx, products, bias, state, c, row, u, alive, H, SAVED)
+    h_next, c_next, saved = step_forward(CELL, f, gx, products, bias, state, c, row, u, alive, H)
+    keep_step(f, saved, c, c_next, row, u, alive, H, SAVED)
     tl.store(f.h_n + own, h_next, mask=alive)
     if f.c_n is not None:
         tl.store(f.c_n + own, c_next, mask=alive)
