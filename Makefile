@@ -29,7 +29,7 @@ alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-dire
 comma := ,
 space := $() $()
 
-.PHONY: help demo test fuzz programs bench sweep streaming gpu-report build lint format ctest asan tsan sanitize cuda-check tools check clean distclean FORCE
+.PHONY: help demo test fuzz programs bench sweep streaming gpu-report build lint format ctest asan tsan sanitize cuda-check triton-check tools check clean distclean FORCE
 help:
 	@echo 'make demo       train, test and show the grapheme-to-phoneme example on our kernels'
 	@echo 'make test       run every Python test'
@@ -42,6 +42,7 @@ help:
 	@echo 'make lint       ruff, mypy, clang-format; make format mends what they can'
 	@echo 'make ctest      the C++ tests; make sanitize runs them under TSan, and with Python tests under ASan + UBSan'
 	@echo 'make cuda-check registers, stack and spills of the CUDA kernels against csrc/cuda/resources.json, where nvcc is found'
+	@echo 'make triton-check the same of Triton kernels, against rnnkern/triton/resources.json; compiles for minutes (ARGS=--quick: some)'
 	@echo 'make clean      remove what was built; make distclean removes $(VENV) too'
 
 demo: build
@@ -118,6 +119,10 @@ tsan: tools
 # From what ptxas said in the build, so that kernels are compiled once. ARGS=--update: this is what they need from now on.
 cuda-check: build
 	@$(python) csrc/cuda/resources.py build/cmake-$$($(python) -c 'import sys; print(sys.implementation.cache_tag)') $(ARGS)
+
+# Without a GPU: the kernels are compiled for several. ARGS=--update: this is what they need from now on.
+triton-check: build
+	@TRITON_INTERPRET=0 $(python) -m rnnkern.triton.compile $(ARGS)
 
 tools:
 	$(alone) $(VENV)/.stamp-env

@@ -35,7 +35,11 @@ def test_wheel_holds_the_package_once(wheel: Path) -> None:
     assert "rnnkern/librnnkern.so" in binaries
     assert [name.split(".")[0] for name in sorted(binaries - {"rnnkern/librnnkern.so"})] == ["rnnkern/_C"]
     tracked = {str(path.relative_to(ROOT)) for path in (ROOT / "rnnkern").rglob("*.py")}
-    assert packed - binaries == tracked | {"rnnkern/py.typed", "rnnkern/_bench/probes.cpp"}
+    assert packed - binaries == tracked | {
+        "rnnkern/py.typed",
+        "rnnkern/_bench/probes.cpp",
+        "rnnkern/triton/resources.json",
+    }
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

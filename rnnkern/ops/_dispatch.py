@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd import forward_ad
 
-from rnnkern import _library
+from rnnkern import _library, triton
 from rnnkern.cells import CELLS, EAGER_CELLS
-from rnnkern.triton import interprets as triton_interprets
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")  # in order of preference
 EMULATED = "cuda-emulated"  # CUDA's kernels run by the CPU, for tests; chosen only by force
@@ -64,7 +63,7 @@ def refusal(
         return (
             f"{cell} is not supported by {backend} kernels: they multiply by the recurrent weights before they know r"
         )
-    if cell not in CELLS:
+    if cell not in CELLS or (backend == "triton" and cell not in triton.CELLS):
         return f"cell {cell!r} is not supported by {backend} kernels"
     if H == 0:
         return f"a hidden size of zero is not supported by {backend} kernels"
@@ -148,7 +147,7 @@ class _Override:
 def absence(backend: str) -> str:
     """Why a backend can run nothing here, "" if it can."""
     device = "cuda" if backend == "cuda" else "cpu"
-    if backend == "triton" and not triton_interprets():
+    if backend == "triton" and not triton.interprets():
         device = next((kind for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()), device)
     why = refusal(backend, "lstm", device, torch.float32, 1, missing=_library.missing_on(torch.device(device)))
     return "torch finds no GPU" if not why and device == "cuda" and not torch.cuda.is_available() else why

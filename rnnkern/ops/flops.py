@@ -87,7 +87,8 @@ def _register(counter: ModuleType) -> None:
         return
     for operators, formula in (
         ([ops.layer, ops.layer_inference, ops.layer_int8, ops.cuda_layer, ops.cuda_layer_inference], _layer),
-        ([ops.layer_backward, ops.cuda_layer_backward], _layer_backward),
+        ([ops.triton_layer, ops.triton_layer_inference], _layer),
+        ([ops.layer_backward, ops.cuda_layer_backward, ops.triton_layer_backward], _layer_backward),
         ([ops.cuda_stack, ops.cuda_stack_inference], _stack),
         ([ops.cuda_stack_backward], _stack_backward),
         ([ops.attention, ops.attention_inference, ops.cuda_attention, ops.cuda_attention_inference], _attention),

@@ -16,6 +16,7 @@ import os
 import re
 from pathlib import Path
 
+CELLS = frozenset(path.stem for path in Path(__file__).parent.glob("cells/[!_]*.py"))
 OLDEST = (3, 6)  # Triton's version; older ones lack tuples of tensors in kernels
 
 

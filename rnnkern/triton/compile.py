@@ -74,11 +74,11 @@ class Resources(NamedTuple):
 Kernels = dict[str, dict[str, Resources]]  # kernel -> target -> resources
 
 
-def run_layer(cell: str, dtype: torch.dtype, engine: str, H: int, B: int, D: int, tf32: bool) -> None:
-    """Forward and backward of a layer with all that it may have; launches of the same kernel are one."""
+def run_layer(cell: str, dtype: torch.dtype, engine: str, H: int, B: int, D: int, tf32: bool, T: int = 3) -> None:
+    """Forward and backward of a layer with all that it may have."""
     from rnnkern.triton import layer
 
-    T, G = 3, len(CELLS[cell].gates)
+    G = len(CELLS[cell].gates)
 
     def tensor(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

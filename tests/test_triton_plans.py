@@ -1,0 +1,117 @@
+"""How Triton's engines cut a layer, what would be compiled for it, and the gate on what that needs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rnnkern
+from rnnkern import triton as kernels
+from rnnkern.cells import CELLS
+from rnnkern.ops._dispatch import TRITON_ENGINES
+from rnnkern.triton import config
+from rnnkern.triton.config import Facts
+
+H100 = Facts("cuda", 132, 232448)
+MI300 = Facts("hip", 304, 65536)
+
+
+def plan(cell: str, H: int, B: int = 16, D: int = 1, dtype: torch.dtype = torch.bfloat16, facts: Facts = H100) -> str:
+    return config.plan(cell, dtype, H, B, D, "", False, facts).engine
+
+
+def test_every_cell_has_kernels() -> None:
+    assert set(CELLS) == kernels.CELLS
+
+
+def test_the_engine_follows_from_what_fits() -> None:
+    assert [plan("lstm", H) for H in (1, 100, 128, 129, 1024, 1600)] == ["resident"] * 3 + ["grid"] * 2 + ["stepwise"]
+    assert [plan("lstm", H, dtype=torch.float32) for H in (64, 128, 1024)] == ["resident", "grid", "stepwise"]
+    assert plan("lstm", 64, dtype=torch.float64) == "stepwise"
+    assert [plan("lstm", H, facts=MI300) for H in (64, 128, 1024)] == ["resident", "grid", "grid"]
+    assert plan("lstm", 64, facts=Facts("xpu", 64, 65536)) == "stepwise"
+
+
+def test_a_grid_runs_at_once_or_not_at_all() -> None:
+    assert plan("lstm", 1024, B=32) == "grid"
+    assert plan("lstm", 1024, B=33) == plan("lstm", 1024, B=32, D=2) == "stepwise"
+    with pytest.raises(RuntimeError, match=r"the grid engine cannot run: 192 programs must run at once"):
+        config.plan("lstm", torch.bfloat16, 1024, 33, 1, "grid", False, H100)
+
+
+def test_slices_pad_the_sum_least() -> None:
+    for H, size in ((512, 64), (640, 16), (768, 32), (1024, 64), (100, 16)):
+        found = config.plan("gru", torch.bfloat16, H, 16, 1, "grid", False, H100)
+        assert found.slice_size == size
+
+
+def test_tf32_follows_the_setting() -> None:
+    assert config.precision(H100, torch.float32, True) == "tf32"
+    assert config.precision(H100, torch.float32, False) == "tf32x3"
+    assert config.precision(MI300, torch.float32, True) == config.precision(H100, torch.float16, True) == "ieee"
+
+
+@pytest.mark.skipif(not kernels.interprets(), reason="Triton does not interpret")
+def test_explain_tells_the_engine() -> None:
+    gru, x = rnnkern.nn.GRU(3, 40), torch.zeros(2, 3, 3)
+    for engine in TRITON_ENGINES:
+        with rnnkern.backend("triton", engine=engine), torch.no_grad():
+            (note,) = rnnkern.explain(gru, x).layers
+        assert note.backend == "triton"
+        assert note.engine.startswith(engine)
+    for module, why in ((gru.double(), "float64 is for the stepwise engine"), (gru.bfloat16(), "multiplies bfloat16")):
+        with (
+            rnnkern.backend("triton", engine="grid"),
+            pytest.raises(rnnkern.BackendUnavailable, match=why),
+        ):
+            module(x.to(module.weight_hh_l0.dtype))
+
+
+@pytest.mark.skipif(not kernels.available, reason=kernels.reason)
+def test_a_new_length_or_batch_compiles_nothing() -> None:
+    """In a process of its own, where kernels are compiled and not interpreted."""
+    program = """
+import torch, triton
+from rnnkern.cells import CELLS
+from rnnkern.ops._dispatch import TRITON_ENGINES
+from rnnkern.triton import compile
+from rnnkern.triton.launch import recording
+
+for engine in TRITON_ENGINES:
+    for cell in CELLS:
+        seen = set()
+        for T, B in ((2, 16), (1, 1), (16, 2), (33, 7), (64, 3), (2, 31)):
+            with recording(compile.TARGETS["sm_90"].facts) as launches:
+                compile.run_layer(cell, torch.bfloat16, engine, 36, B, 1, False, T)
+            for launch in launches:
+                seen.add((launch.kernel.fn.__module__, launch.kernel.fn.__name__, repr(compile.describe(launch))))
+                for parameter, value in zip(launch.kernel.params, launch.arguments):
+                    assert not isinstance(value, int) or parameter.do_not_specialize, parameter.name
+        assert len(seen) == 3, (engine, cell, len(seen))  # forward, backward and what finds h before each step
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(not kernels.available, reason=kernels.reason)
+def test_the_gate_finds_regressions(tmp_path: Path) -> None:
+    from rnnkern.triton.compile import Resources, regressions, save
+
+    recorded = {"same": {"sm_90": [40, 1000, 0]}}
+    save({"3.9.0": recorded, "3.6.0": {}}, tmp_path / "resources.json")
+
+    def found(*numbers: int, name: str = "same", whole: bool = True) -> list[str]:
+        return regressions({name: {"sm_90": Resources(*numbers)}}, recorded, whole)
+
+    assert found(40, 1000, 0) == found(48, 900, 0) == []
+    assert found(49, 1000, 0) == ["same on sm_90: 49 registers, 40 before"]
+    assert found(40, 1001, 8) == [
+        "same on sm_90: spills 8 bytes, 0 before",
+        "same on sm_90: 1001 bytes of shared memory, 1000 before",
+    ]
+    assert found(40, 0, 0, name="other") == ["same: gone", "other on sm_90: new"]
+    assert found(40, 0, 0, name="other", whole=False) == ["other on sm_90: new"]
