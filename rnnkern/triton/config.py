@@ -17,7 +17,7 @@ from rnnkern.triton import interprets
 # Bytes of shared memory that a program has besides weights, at most: sums and changes of layout.
 SCRATCH = 20480
 # AMD's compiler keeps weights in registers, of which a program of 4 warps has 512 KB; above these bytes it spills.
-REGISTER_WEIGHTS = {"resident": 65536, "grid": 131072}
+REGISTER_WEIGHTS = {"resident": 49152, "grid": 131072}
 
 
 class Facts(NamedTuple):
