@@ -54,7 +54,7 @@ def test_tf32_follows_the_setting() -> None:
     assert config.precision(MI300, torch.float32, True) == config.precision(H100, torch.float16, True) == "ieee"
 
 
-@pytest.mark.skipif(not kernels.interprets(), reason="Triton does not interpret")
+@pytest.mark.skipif(bool(kernels.missing_on("cpu")), reason=kernels.missing_on("cpu"))
 def test_explain_tells_the_engine() -> None:
     gru, x = rnnkern.nn.GRU(3, 40), torch.zeros(2, 3, 3)
     for engine in TRITON_ENGINES:
