@@ -127,7 +127,7 @@ def layer(
     boundary = resets if resets is None or alive is None else resets & alive
 
     outputs = []
-    with _without_autocast(x.device.type):  # what to round is said here
+    with without_autocast(x.device.type):  # what to round is said here
         for direction in range(h0.shape[0]):
             c = None if c0 is None else c0[direction]
             w_ih, w_hh, b_ih, b_hh = weights[4 * direction : 4 * direction + 4]
@@ -149,7 +149,8 @@ def layer(
     )
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Switches autocast off for a type of device, where it is on."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         context: AbstractContextManager[Any] = torch.autocast(device, enabled=False)
         return context

@@ -81,19 +81,40 @@ def _attention_backward(
     return 2 * B * Tq * Tk * (3 * D + 2 * Dv)
 
 
+def _linear_cross_entropy(input: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """The logits."""
+    return 2 * input[0] * input[1] * weight[0]
+
+
+def _linear_cross_entropy_gradients(scale: Any, *inputs: Any, **_: Any) -> int:
+    """The logits, and a product for the gradient of the input and of the weight each."""
+    need_input, need_weight = inputs[6:8]
+    return _linear_cross_entropy(*inputs[:2]) * int(1 + need_input + need_weight)
+
+
 def _register(counter: ModuleType) -> None:
     ops = torch.ops.rnnkern
-    if ops.layer in counter.flop_registry:  # rnnkern was reloaded
+    if ops.linear_cross_entropy in counter.flop_registry:  # rnnkern was reloaded
         return
-    for operators, formula in (
-        ([ops.layer, ops.layer_inference, ops.layer_int8, ops.cuda_layer, ops.cuda_layer_inference], _layer),
+    formulas: list[tuple[list[Any], Any]] = [
         ([ops.triton_layer, ops.triton_layer_inference], _layer),
-        ([ops.layer_backward, ops.cuda_layer_backward, ops.triton_layer_backward], _layer_backward),
-        ([ops.cuda_stack, ops.cuda_stack_inference], _stack),
-        ([ops.cuda_stack_backward], _stack_backward),
-        ([ops.attention, ops.attention_inference, ops.cuda_attention, ops.cuda_attention_inference], _attention),
-        ([ops.attention_backward, ops.cuda_attention_backward], _attention_backward),
-    ):
+        ([ops.triton_layer_backward], _layer_backward),
+        ([ops.linear_cross_entropy, ops.triton_linear_cross_entropy], _linear_cross_entropy),
+        (
+            [ops.linear_cross_entropy_gradients, ops.triton_linear_cross_entropy_gradients],
+            _linear_cross_entropy_gradients,
+        ),
+    ]
+    if _library.available:
+        formulas += [
+            ([ops.layer, ops.layer_inference, ops.layer_int8, ops.cuda_layer, ops.cuda_layer_inference], _layer),
+            ([ops.layer_backward, ops.cuda_layer_backward], _layer_backward),
+            ([ops.cuda_stack, ops.cuda_stack_inference], _stack),
+            ([ops.cuda_stack_backward], _stack_backward),
+            ([ops.attention, ops.attention_inference, ops.cuda_attention, ops.cuda_attention_inference], _attention),
+            ([ops.attention_backward, ops.cuda_attention_backward], _attention_backward),
+        ]
+    for operators, formula in formulas:
         counter.register_flop_formula(operators)(formula)
 
 
@@ -123,8 +144,6 @@ class _RegisterOnImport:
 
 def register() -> None:
     """Lets `torch.utils.flop_counter.FlopCounterMode` count our operators."""
-    if not _library.available:
-        return
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
     else:

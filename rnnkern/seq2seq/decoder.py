@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from rnnkern import nn as rnn
-from rnnkern.functional import check_tensor
+from rnnkern.functional import check_tensor, linear_cross_entropy
 from rnnkern.ops import cuda
 from rnnkern.ops.attention import place_lengths
 from rnnkern.seq2seq._step import fused_step
@@ -199,15 +200,26 @@ class Decoder(nn.Module):
             ValueError: tokens is not 2-D; weights are asked of a decoder without attention.
             RuntimeError: tokens is not integral; the batch sizes of tokens, state and memory differ.
         """
-        check_tokens(tokens, "tokens")
-        self._check_memory(memory, need_weights)
-        tokens = tokens.transpose(0, 1) if self.batch_first else tokens  # [T, B]
-        if tokens.shape[1] != memory.values.shape[0]:
-            raise RuntimeError(
-                f"tokens: expected the batch size {memory.values.shape[0]} of memory, got {tokens.shape[1]}"
-            )
-        logits, state, weights = self._run(self._embed(tokens), state, memory, need_weights)  # [B, T, V]
+        attended, state, weights = self._run_target(tokens, state, memory, need_weights)
+        logits = self.output(attended)  # [B, T, V]
         return logits if self.batch_first else logits.transpose(0, 1), state, weights
+
+    def loss(self, tokens: Tensor, expected: Tensor, state: State, memory: Memory) -> Tensor:
+        """Gives the cross entropy per symbol, in nats, padding ignored; a large vocabulary's logits are never all held.
+
+        Args:
+            tokens: the symbol before each position, as in ``forward``.  # [T, B], or [B, T] with batch_first
+            expected: the symbol of each position.  # [T, B], or [B, T] with batch_first
+            state: state before the first step.  # [L, B, H] each
+            memory: what ``prepare`` made of the source.
+        """
+        attended = self._run_target(tokens, state, memory, False)[0]  # [B, T, H]
+        expected = (expected if self.batch_first else expected.transpose(0, 1)).long()
+        if type(self.output) is nn.Linear and not self.output._forward_hooks and not self.output._forward_pre_hooks:
+            weight, bias = self.output.weight, self.output.bias
+            return linear_cross_entropy(attended, weight, expected, linear_bias=bias, ignore_index=self.padding_index)
+        logits = self.output(attended)  # by what has taken the layer's place, or watches it
+        return cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=self.padding_index)
 
     def step(
         self, tokens: Tensor, state: State, memory: Memory, *, need_weights: bool = False
@@ -235,13 +247,26 @@ class Decoder(nn.Module):
         embedded = self._embed(tokens)  # [B, E]
         stepped = None if need_weights else fused_step(self.recurrent, self.attention, embedded, state, *memory)
         if stepped is not None:
-            return self._logits(stepped.context, stepped.hidden), stepped.state, None
-        logits, state, weights = self._run(embedded.unsqueeze(0), state, memory, need_weights)
-        return logits.squeeze(1), state, None if weights is None else weights.squeeze(1)
+            return self.output(self._attended(stepped.context, stepped.hidden)), stepped.state, None
+        attended, state, weights = self._run(embedded.unsqueeze(0), state, memory, need_weights)
+        return self.output(attended).squeeze(1), state, None if weights is None else weights.squeeze(1)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         embedded: Tensor = self.dropout(self.embedding(tokens))
         return embedded
+
+    def _run_target(
+        self, tokens: Tensor, state: State, memory: Memory, need_weights: bool
+    ) -> tuple[Tensor, State, Tensor | None]:
+        """`_run` of a whole target, which is checked."""
+        check_tokens(tokens, "tokens")
+        self._check_memory(memory, need_weights)
+        tokens = tokens.transpose(0, 1) if self.batch_first else tokens  # [T, B]
+        if tokens.shape[1] != memory.values.shape[0]:
+            raise RuntimeError(
+                f"tokens: expected the batch size {memory.values.shape[0]} of memory, got {tokens.shape[1]}"
+            )
+        return self._run(self._embed(tokens), state, memory, need_weights)
 
     def _run(
         self,
@@ -250,6 +275,7 @@ class Decoder(nn.Module):
         memory: Memory,
         need_weights: bool,
     ) -> tuple[Tensor, State, Tensor | None]:
+        """What the output layer reads [B, T, H], the state after the last step, and the weights or None."""
         hidden, state = self.recurrent(embedded, state)  # [T, B, H]
         hidden = hidden.transpose(0, 1)  # [B, T, H]
         context = weights = None
@@ -261,18 +287,17 @@ class Decoder(nn.Module):
                 lengths=memory.lengths,
                 need_weights=need_weights,
             )  # [B, T, M]
-        return self._logits(context, hidden), state, weights
+        return self._attended(context, hidden), state, weights
 
-    def _logits(
+    def _attended(
         self,
         context: Tensor | None,  # [..., M]
         hidden: Tensor,  # [..., H]
     ) -> Tensor:
         if context is not None:
             hidden = torch.cat((context, hidden), dim=-1)
-        attended = self.dropout(torch.tanh(self.combine(hidden)))
-        logits: Tensor = self.output(attended)
-        return logits
+        attended: Tensor = self.dropout(torch.tanh(self.combine(hidden)))
+        return attended
 
     def _check_memory(self, memory: object, need_weights: bool) -> None:
         if not isinstance(memory, Memory):

@@ -1,7 +1,6 @@
 """Seq2Seq: an encoder and a decoder trained together."""
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rnnkern.seq2seq.decoder import Decoder, Memory
 from rnnkern.seq2seq.encoder import Encoder, State, check_tokens
@@ -72,6 +71,22 @@ class Seq2Seq(nn.Module):
             ValueError: source or target is not 2-D, target has fewer than two positions.
             RuntimeError: wrong dtype, batch sizes that differ, lengths that do not fit.
         """
+        inputs, memory, state = self._begin(source, target, lengths)
+        logits: Tensor = self.decoder(inputs, state, memory)[0]
+        return logits
+
+    def loss(self, source: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Gives the cross entropy per target symbol, in nats, padding ignored; arguments as in ``forward``.
+
+        The logits of a large vocabulary are never all held (`rnnkern.functional.linear_cross_entropy`). The loss is NaN
+        where the target is only padding after its first symbol, as ``torch.nn.CrossEntropyLoss`` has it.
+        """
+        inputs, memory, state = self._begin(source, target, lengths)
+        time_dim = 1 if self.batch_first else 0
+        return self.decoder.loss(inputs, target.narrow(time_dim, 1, inputs.shape[time_dim]), state, memory)
+
+    def _begin(self, source: Tensor, target: Tensor, lengths: Tensor | None) -> tuple[Tensor, Memory, State]:
+        """What the decoder starts from: the target but for its last position, memory and state."""
         check_tokens(target, "target")
         time_dim, batch_dim = (1, 0) if self.batch_first else (0, 1)
         if target.shape[time_dim] < 2:
@@ -82,19 +97,4 @@ class Seq2Seq(nn.Module):
                 f"target: expected the batch size {source.shape[batch_dim]} of source, got shape {list(target.shape)}"
             )
         memory, state = self.encode(source, lengths)
-        inputs = target.narrow(time_dim, 0, target.shape[time_dim] - 1)
-        logits: Tensor = self.decoder(inputs, state, memory)[0]
-        return logits
-
-    def loss(self, source: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Gives the cross entropy per target symbol, in nats, padding ignored; arguments as in ``forward``.
-
-        It is NaN where the target is only padding after its first symbol, as ``torch.nn.CrossEntropyLoss`` has it.
-        """
-        logits = self(source, target, lengths)
-        time_dim = 1 if self.batch_first else 0
-        expected = target.narrow(time_dim, 1, target.shape[time_dim] - 1)
-        if not self.batch_first:  # the decoder works on [B, T, V]: flatten without a copy
-            logits, expected = logits.transpose(0, 1), expected.transpose(0, 1)
-        flat = logits.reshape(-1, logits.shape[-1])  # [B*(T-1), V]
-        return functional.cross_entropy(flat, expected.reshape(-1).long(), ignore_index=self.decoder.padding_index)
+        return target.narrow(time_dim, 0, target.shape[time_dim] - 1), memory, state
