@@ -169,6 +169,28 @@ def test_every_size_of_one(path: None) -> None:
     assert linear_cross_entropy(torch.ones(3, 2), torch.ones(1, 2), torch.zeros(3, dtype=torch.long)) == 0
 
 
+def assert_strides_do_not_matter() -> None:
+    x, weight, bias, target = make_inputs((4, 5), 3, 6, torch.float32)
+    outcomes = []
+    for strided in (False, True):
+        inputs = [x.transpose(0, 1), weight, bias, target.t()]
+        if strided:
+            inputs[1] = weight.detach().t().clone().t()
+            inputs[2] = torch.stack((bias, bias), 1)[:, 0]
+        else:
+            inputs = [tensor.contiguous() for tensor in inputs]
+        outcomes.append(results(linear_cross_entropy, inputs, reduction="none"))
+    torch.testing.assert_close(*outcomes)
+    losses = linear_cross_entropy(x.flatten(0, 1)[::2], weight, target.flatten()[::2], reduction="none")
+    (actual,) = torch.autograd.grad(losses.sum(), x)  # of each loss the same gradient, which lies in memory once
+    torch_losses = torch_loss(x.flatten(0, 1)[::2], weight, target.flatten()[::2], reduction="sum")
+    torch.testing.assert_close(actual, *torch.autograd.grad(torch_losses, x))
+
+
+def test_strided_inputs(path: None) -> None:
+    assert_strides_do_not_matter()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_backward_twice(chunks: None, reduction: str) -> None:
     x, weight, bias, target = make_inputs((20,), 3, 5, torch.float32)
