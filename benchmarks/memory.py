@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.attention import AttentionCase
+from benchmarks.loss import LossCase
 from benchmarks.rows import Row, row_builders
 
 
@@ -20,11 +21,17 @@ def status_kib(field: str) -> int:
     return int(found[1])
 
 
+def smallest(row: Row) -> Row:
+    """A row that takes next to nothing."""
+    if isinstance(row, AttentionCase):
+        return replace(row, B=1, Tq=1, Tk=2, D=16)
+    return replace(row, N=1, V=2, D=16) if isinstance(row, LossCase) else replace(row, B=1, T=1, I=16, H=16)
+
+
 def measure_here(row: Row, implementation: str, threads: int) -> float:
     """MiB that a run takes at its peak over what was there before: outputs, workspaces and, in training, gradients."""
     torch.set_num_threads(threads)
-    tiny = replace(row, B=1, Tq=1, Tk=2, D=16) if isinstance(row, AttentionCase) else replace(row, B=1, T=1, I=16, H=16)
-    row_builders(tiny)[implementation]()()  # libraries and threads start
+    row_builders(smallest(row))[implementation]()()  # libraries and threads start
     function = row_builders(row)[implementation]()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts here

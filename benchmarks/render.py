@@ -15,6 +15,7 @@ KINDS = {
     "low precision": "Low precision",
     "ragged": "Rows of different lengths",
     "attention": "Attention",
+    "loss": "Linear layer and cross entropy",
 }
 MODES = {False: "forward", True: "forward and backward"}
 PADDED = "rnnkern padded"
@@ -34,6 +35,9 @@ def workload(entry: Entry) -> str:
     case = entry["case"]
     if entry["kind"] == "attention":
         return f"{case['score']}, B={case['B']}, Tq={case['Tq']}, Tk={case['Tk']}, D={case['D']}"
+    if entry["kind"] == "loss":
+        padding = f", {case['padding']:.0%} padding" if case["padding"] else ""
+        return f"N={case['N']}, V={case['V']}, D={case['D']}{padding}"
     parts = [CELLS[case["cell"]] + ("Cell" if case["single_step"] else "")]
     if case["cell"] == "rnn_relu":
         parts.append("relu")

@@ -23,15 +23,16 @@ from benchmarks.environment import (
     probe,
     write_json,
 )
+from benchmarks.loss import CHUNKED, LossCase
 from benchmarks.memory import peak_mib
 from benchmarks.peers import PEERS
 from benchmarks.rows import SMOKE, Row, all_rows, check_row, row_runners
 from rnnkern.__main__ import seconds as some_seconds
-from rnnkern._bench.cases import OURS, TORCH
+from rnnkern._bench.cases import OURS, TORCH, Case
 from rnnkern._bench.probes import MachineProbe, Probes, ceilings
 from rnnkern._bench.timing import compare
 
-MEMORY_OF = (OURS, TORCH, EAGER, SDPA)
+MEMORY_OF = (OURS, TORCH, EAGER, SDPA, CHUNKED)
 # After a call the threads of a runtime, and torch's, spin for ten milliseconds and more, on cores that the next needs.
 REST_SECONDS = 0.03
 
@@ -40,6 +41,8 @@ def kind(row: Row) -> str:
     """The table that the row stands in."""
     if isinstance(row, AttentionCase):
         return "attention"
+    if isinstance(row, LossCase):
+        return "loss"
     if row.ragged:
         return "ragged"
     return "recurrence" if row.dtype == torch.float32 else "low precision"
@@ -54,7 +57,7 @@ def measure(row: Row, now: MachineProbe | None, seconds: float, memory: bool) ->
         result = compare(functions, seconds=seconds, rest=REST_SECONDS if apart else 0.0)
     peers = [name for name in functions if name != OURS]
     del functions
-    recurrence = not isinstance(row, AttentionCase)
+    recurrence = isinstance(row, Case)
     return {
         "name": row.name,
         "kind": kind(row),
@@ -115,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         type=chosen_threads,
         metavar="N,...",
         help="torch's threads, one section each (default: torch's own choice, then 1; smoke: torch's own choice); "
-        "attention and memory are measured in the first section only",
+        "attention, losses and memory are measured in the first section only",
     )
     top.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     top.add_argument(
@@ -150,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = [run(rows, probes, seconds, memory=not arguments.no_memory)]
     for threads in others:
         torch.set_num_threads(threads)
-        recurrences = [row for row in rows if not isinstance(row, AttentionCase)]
+        recurrences = [row for row in rows if isinstance(row, Case)]
         sections.append(run(recurrences, probes, seconds, memory=False))
     torch.set_num_threads(own)
     partial = arguments.smoke or arguments.only

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from benchmarks.attention import AttentionCase
+from benchmarks.loss import LossCase
 from benchmarks.peers import TOLERANCES, Build, check_agreement, recurrence_builders, tolerance
 from benchmarks.runtimes import PeerUnavailable
 from rnnkern._bench.cases import Case
@@ -37,6 +38,7 @@ LOW_PRECISION = {
     torch.float16: [(100, 32, 256), (100, 1, 512)],
     torch.int8: [(100, B, H) for H in (512, 1024) for B in (1, 2, 4, 8)],
 }
+LOSS = [(2048, 10000, 256), (2048, 32000, 512)]  # N, V, D
 SMOKE = (
     "lstm-T1-B1-H256-eval",
     "gru-T100-B1-H256-eval",
@@ -47,9 +49,10 @@ SMOKE = (
     "lstm-cell-B64-H256-eval",
     "additive-B32-Tq1-Tk50-D512-train",
     "dot-B32-Tq50-Tk50-D512-eval",
+    "loss-N2048-V10000-D256-train",
 )
 
-Row = Case | AttentionCase
+Row = Case | AttentionCase | LossCase
 
 
 def all_rows() -> Iterator[Row]:
@@ -86,11 +89,14 @@ def _both_modes() -> Iterator[Row]:
     for B, Tq, Tk, D in ((32, 50, 50, 64), (8, 200, 500, 64)):
         for need_weights in (False, True):
             yield AttentionCase("scaled_dot", B, Tq, Tk, D, need_weights=need_weights)
+    for N, V, D in LOSS:
+        yield LossCase(N, V, D)
+    yield LossCase(*LOSS[0], padding=0.3)
 
 
 def row_builders(row: Row) -> dict[str, Build]:
     """What builds each implementation of the row, ours first; PeerUnavailable where it cannot run here."""
-    return row.builders() if isinstance(row, AttentionCase) else recurrence_builders(row)
+    return recurrence_builders(row) if isinstance(row, Case) else row.builders()
 
 
 def row_runners(row: Row) -> dict[str, Callable[[], object]]:
@@ -106,10 +112,10 @@ def row_runners(row: Row) -> dict[str, Callable[[], object]]:
 
 def check_row(row: Row, functions: Mapping[str, Callable[[], object]]) -> None:
     """Raises PeerDisagrees unless all functions of the row compute the same."""
-    if isinstance(row, AttentionCase):
-        check_agreement(row.name, functions, dict.fromkeys(functions, TOLERANCES[torch.float32]))
-    else:
+    if isinstance(row, Case):
         check_agreement(row.name, functions, {name: tolerance(row, name) for name in functions})
+    else:
+        check_agreement(row.name, functions, dict.fromkeys(functions, TOLERANCES[torch.float32]))
 
 
 @functools.cache
