@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks import rows, runtimes, streaming, sweep
 from benchmarks.attention import COMPILED, EAGER, SDPA, AttentionCase
+from benchmarks.loss import CHUNKED, LossCase
 from benchmarks.onnx_model import onnx_model
 from benchmarks.peers import PeerDisagrees, recurrence_builders
 from rnnkern._bench.cases import OURS, TORCH, Case, modules
@@ -108,6 +109,16 @@ def test_peers_of_attention_agree(score: str, training: bool) -> None:
     with torch.set_grad_enabled(training):
         functions = rows.row_runners(case)
         assert set(functions) - {COMPILED} == {OURS, EAGER} | ({SDPA} if score != "additive" else set())
+        rows.check_row(case, functions)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_peers_of_the_loss_agree(training: bool) -> None:
+    case = LossCase(20, 7, 5, training=training, padding=0.3)
+    assert case.name == f"loss-N20-V7-D5-padding0.3-{'train' if training else 'eval'}"
+    with torch.set_grad_enabled(training):
+        functions = rows.row_runners(case)
+        assert set(functions) - {CHUNKED} == {OURS, EAGER}
         rows.check_row(case, functions)
 
 

@@ -122,9 +122,28 @@ def layer_cases() -> Iterable[Case]:
                     )
 
 
+def run_loss(dtype: torch.dtype, gradients: bool) -> str:
+    """A chunk's loss, with all that it may have, over a vocabulary of odd size."""
+    from rnnkern.triton.linear_cross_entropy import softmax
+
+    logits = torch.empty(2, 50272, dtype=dtype, device="meta")[:, :50257]
+    target = torch.empty(2, dtype=torch.int64, device="meta")
+    softmax(logits, target, torch.empty(2, device="meta"), -100, 0.1, gradients)
+    return f" V={logits.shape[1]}"
+
+
+def loss_cases() -> Iterable[Case]:
+    """Every dtype, with gradients and without."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for gradients in (False, True):
+            name = f"{TYPES[dtype]}{' gradients' if gradients else ''}"
+            quick = gradients and dtype == torch.bfloat16
+            yield Case(name, quick, functools.partial(run_loss, dtype, gradients))
+
+
 def cases() -> list[Case]:
     """Of all kernels."""
-    return [*layer_cases()]
+    return [*layer_cases(), *loss_cases()]
 
 
 def describe(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
