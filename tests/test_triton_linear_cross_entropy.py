@@ -82,6 +82,19 @@ def test_infinite_and_undefined_logits(value: float) -> None:
         torch.testing.assert_close(actual[name], expected[name], equal_nan=True)
 
 
+@pytest.mark.parametrize(("first", "second"), [(0.0, 9.0), (-torch.inf, 0.0), (0.0, -torch.inf)])
+def test_blocks_of_different_size(first: float, second: float) -> None:
+    inputs = make_inputs((4,), 3, 4101, torch.float32)
+    inputs[2].data[:4096] += first
+    inputs[2].data[4096:] += second
+    inputs[3][:] = torch.tensor([4100, 3, -100, 4096]) if first == 0 else 4100
+    expected = results(torch_loss, inputs, reduction="none")
+    with rnnkern.backend("triton"):
+        actual = results(linear_cross_entropy, inputs, reduction="none")
+    for name in NAMES:
+        torch.testing.assert_close(actual[name], expected[name], equal_nan=True)
+
+
 def test_opcheck() -> None:
     x, weight, bias, target = make_inputs((4,), 2, 3, torch.float32)
     operators = torch.ops.rnnkern
