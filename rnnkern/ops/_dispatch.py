@@ -21,7 +21,7 @@ TRITON_ENGINES = ("stepwise", "resident", "grid")
 KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ENGINES_OF = {"cuda": ENGINES, EMULATED: ENGINES, "triton": TRITON_ENGINES}
 # Those that may run on a type of device, best first; on others the refusal of the CPU's is worth telling.
-_PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+PREFERRED = {"cpu": ("cpu",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 TRANSFORMED = "torch.func transforms and forward-mode derivatives are not supported"
 
 
@@ -101,7 +101,7 @@ def choose(
         BackendUnavailable: `forced` cannot run this.
     """
     passed_over: list[str] = []
-    for backend in (forced,) if forced else _PREFERRED.get(device, ("cpu",)):
+    for backend in (forced,) if forced else PREFERRED.get(device, ("cpu",)):
         why = refusal(backend, cell, device, dtype, H, projection=projection, transformed=transformed, missing=missing)
         if not why:
             return Choice(backend, "forced by rnnkern.backend" if forced else "; ".join(passed_over))

@@ -5,7 +5,8 @@ C++ (`csrc/torch/attention.cpp`) defines the schemas and the CPU kernels:
   rnnkern::attention_inference  the same without one, which alone would cost microseconds per call
   rnnkern::attention_backward   every first gradient; its own gradient goes through the eager reference
 rnnkern::cuda_attention and its kin (`csrc/torch/cuda_attention.cpp`) are the same on a GPU, or emulated; there
-rnnkern::cuda_lengths brings lengths from the CPU.
+rnnkern::cuda_lengths brings lengths from the CPU. rnnkern::triton_attention and its kin are defined here, since nothing
+of them is compiled before it runs.
 The operators trust their input; `rnnkern.functional.attention` checks it.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern import _library
+from rnnkern import _library, triton
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops import _dispatch, onnx
 
@@ -192,7 +193,40 @@ def _fake_lengths(lengths: Tensor, key: Tensor) -> Tensor:
     return key.new_empty(lengths.shape, dtype=torch.int64)
 
 
-OPERATORS: dict[str, Operators] = {}  # by backend
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? vector, Tensor? lengths, Tensor? mask, str score, float scale"
+)
+_FORWARD = f"({_INPUTS}, bool need_weights) -> (Tensor context, Tensor weights)"
+_BACKWARD = (
+    f"(Tensor? dcontext, Tensor? dweights, {_INPUTS}) -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dvector)"
+)
+
+
+def _triton_attention(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    from rnnkern.triton import attention, launch  # which import Triton
+
+    with launch.device_guard(query):
+        return attention.attention(query, *rest)
+
+
+def _triton_attention_backward(
+    dcontext: Tensor | None, dweights: Tensor | None, query: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from rnnkern.triton import attention, launch
+
+    with launch.device_guard(query):
+        return attention.attention_backward(dcontext, dweights, query, *rest)
+
+
+for _name, _schema, _run in (
+    ("triton_attention", _FORWARD, _triton_attention),
+    ("triton_attention_inference", _FORWARD, _triton_attention),
+    ("triton_attention_backward", _BACKWARD, _triton_attention_backward),
+):
+    torch.library.define(f"rnnkern::{_name}", _schema)
+    torch.library.impl(f"rnnkern::{_name}", ("cuda", "xpu", "cpu"), _run)  # cpu: by Triton's interpreter
+
+OPERATORS: dict[str, Operators] = {"triton": _register("triton_")}  # by backend
 if _library.available:
     torch.library.register_fake("rnnkern::cuda_lengths", _fake_lengths)
     OPERATORS["cpu"] = _register("")
@@ -201,16 +235,29 @@ if _library.available:
 
 def refusal(backend: str, device: torch.device, dtype: torch.dtype, transformed: bool) -> str:
     """Why the kernels of a backend cannot run this attention, "" if they can."""
-    if backend == "triton":
-        return "triton kernels are not part of this version"
     own = "cuda" if backend == "cuda" else "cpu"
-    if device.type != own:
+    if backend != "triton" and device.type != own:
         return f"the tensors are on {device.type}, not on the {own}"
     if dtype not in _dispatch.KERNEL_DTYPES or (backend != "cpu" and dtype == torch.float64):
         return f"{dtype} is not supported by {backend} kernels"
     if transformed:
         return f"{_dispatch.TRANSFORMED} by {backend} kernels"
+    if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16 and triton.interprets():
+        return "Triton's interpreter multiplies bfloat16 wrongly"
     return _library.missing_on(device)[backend]
+
+
+def _choose(forced: str | None, device: torch.device, dtype: torch.dtype, transformed: bool) -> tuple[str, str]:
+    """The backend, and why those before it were passed over; "eager" if none can run this."""
+    if forced == "eager":
+        return "eager", "forced"
+    passed_over = ""
+    for backend in (forced,) if forced else _dispatch.PREFERRED.get(device.type, ("cpu",)):
+        why = refusal(backend, device, dtype, transformed)
+        if not why:
+            return backend, passed_over
+        passed_over += f"; {why}" if passed_over else why
+    return "eager", passed_over
 
 
 def place_lengths(
@@ -263,11 +310,10 @@ def attend(
     exporting = onnx.exporting()
     forced = None if exporting else _dispatch.forced()  # what is exported runs on none of our backends
     transformed = not compiling and _dispatch.transformed()
-    backend = forced or ("cuda" if device == "cuda" else "cpu")
-    why = "forced" if backend == "eager" else refusal(backend, query.device, query.dtype, transformed)
+    backend, why = _choose(forced, query.device, query.dtype, transformed)
     if exporting:
-        why = "ONNX has no such operator"
-    if why and forced not in (None, "eager"):
+        backend, why = "eager", "ONNX has no such operator"
+    if backend == "eager" and forced not in (None, "eager"):
         raise _dispatch.BackendUnavailable(f"backend {forced!r} cannot run {score} attention: {why}")
     if _dispatch._overrides:  # `explain` may want to know
         _dispatch.note(
@@ -279,10 +325,10 @@ def attend(
             key.shape[1],
             query.shape[2],
             value.shape[2],
-            "eager" if why else backend,
-            "forced by rnnkern.backend" if forced else f"{why}: eager reference" if why else "",
+            backend,
+            "forced by rnnkern.backend" if forced else f"{why}: eager reference" if backend == "eager" else why,
         )
-    if why:
+    if backend == "eager":
         if forced is None and device == "cpu" and _library.reason:
             _library.warn_if_missing()
         context, weights = reference(query, key, value, vector, lengths, mask, score, scale)

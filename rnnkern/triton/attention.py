@@ -21,24 +21,27 @@ from rnnkern.triton.launch import launch
 
 _CHUNK_BYTES = 64 << 20  # of pairs and factors at a time: about an L2 cache
 _SINGLE_KEYS = 64  # of a program of `attention_single`
-_PAIR_UNIT = PAIR_UNIT.value
-_FACTOR_ROWS, _FACTOR_COLUMNS = additive.FACTOR_ROWS.value, additive.FACTOR_COLUMNS.value
+_PAIR_UNIT = int(PAIR_UNIT.value)
+_FACTOR_ROWS, _FACTOR_COLUMNS = int(additive.FACTOR_ROWS.value), int(additive.FACTOR_COLUMNS.value)
 
 
 class Blocks(NamedTuple):
-    """Tile sizes of the kernels of `attention_pairs`."""
+    """How the kernels of `attention_pairs` cut a call."""
 
     queries: int
     keys: int
     inner: int  # columns of a row that are multiplied at a time
     columns: int  # of a result
+    warps: int
+    stages: int
 
 
 def blocks_of(dtype: torch.dtype, Tq: int, D: int, Dv: int) -> Blocks:
     """Few queries take few rows of a tile; float32 takes twice the registers of 16 bits."""
-    wide = 1 if dtype == torch.float32 else 2
-    queries = 16 if Tq <= 16 else 32 * wide
-    return Blocks(queries, 32 * wide, _fit(max(D, Dv), 32 * wide), _fit(Dv, 64 * wide))
+    if dtype == torch.float32:
+        return Blocks(16 if Tq <= 16 else 32, 32, _fit(max(D, Dv), 32), _fit(Dv, 64), 4, 3)
+    queries, warps = (16, 4) if Tq <= 16 else (64, 8)
+    return Blocks(queries, 64, _fit(max(D, Dv), 64), _fit(Dv, 128), warps, 2)
 
 
 def _fit(size: int, most: int) -> int:
@@ -95,7 +98,7 @@ class _Call:
         self.dweights = None if dweights is None else dweights.contiguous()
         self.vector = None if vector is None else vector.contiguous()
         self.lengths = None if lengths is None else lengths.to(query.device).contiguous()
-        self.mask = None if mask is None else mask.contiguous().view(torch.uint8)
+        self.mask = None if mask is None else mask.contiguous()
         self.scale = scale if vector is None else 1.0
         self.unit = _unit(self.query, self.key, self.value, self.dcontext)
         self.blocks = blocks_of(self.dtype, self.Tq, self.D, self.Dv)
@@ -214,12 +217,9 @@ def _pair_bytes(call: _Call, backward: bool) -> int:
     pairs_bytes = call.Tq * _pair_row(call.Tk) * call.dtype.itemsize * 2 if backward else 0
     if call.vector is None:
         return pairs_bytes
-    factors = (
-        (divide_up(call.Tq, _FACTOR_ROWS) + divide_up(call.Tk, _FACTOR_ROWS))
-        * _FACTOR_ROWS
-        * (call.D + _FACTOR_COLUMNS)
-    )
-    return pairs_bytes + 4 * (call.Tq * _pair_row(call.Tk) * (1 + backward) + factors * (1 + backward))
+    tiles = divide_up(call.Tq, _FACTOR_ROWS) + divide_up(call.Tk, _FACTOR_ROWS)
+    floats = call.Tq * _pair_row(call.Tk) + tiles * _FACTOR_ROWS * (call.D + _FACTOR_COLUMNS)
+    return pairs_bytes + 4 * floats * (2 if backward else 1)
 
 
 def _attend_many(call: _Call, context: Tensor, weights: Tensor | None) -> None:
@@ -237,8 +237,8 @@ def _attend_many(call: _Call, context: Tensor, weights: Tensor | None) -> None:
         "BLOCK_K": blocks.keys,
         "BLOCK_D": blocks.inner,
         "PRECISION": call.precision,
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
     }
     down = divide_up(call.Tq, blocks.queries)
     launch(
@@ -283,6 +283,11 @@ def _attend_many(call: _Call, context: Tensor, weights: Tensor | None) -> None:
     )
 
 
+def _single_columns(call: _Call, size: int) -> int:
+    """Columns at a time of the kernels of `attention_single`."""
+    return _fit(size, 32 if call.dtype == torch.float32 else 64)
+
+
 def _attend_single(call: _Call, context: Tensor, weights: Tensor | None) -> None:
     parts = divide_up(call.Tk, _SINGLE_KEYS)
     alone = parts == 1
@@ -308,8 +313,8 @@ def _attend_single(call: _Call, context: Tensor, weights: Tensor | None) -> None
         UNIT=call.unit,
         ALONE=alone,
         BLOCK_K=_SINGLE_KEYS,
-        BLOCK_D=_fit(call.D, 64),
-        BLOCK_V=_fit(call.Dv, 64),
+        BLOCK_D=_single_columns(call, call.D),
+        BLOCK_V=_single_columns(call, call.Dv),
         APPROXIMATE=call.approximate,
         num_warps=4,
     )
@@ -470,8 +475,8 @@ def _gradients_many(call: _Call, out: _Gradients) -> Tensor | None:
         "BLOCK_K": blocks.keys,
         "BLOCK_D": blocks.inner,
         "PRECISION": call.precision,
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
     }
     inputs = (*call.tensors, scores, call.dcontext.tensor, call.dweights, call.lengths, call.mask, stats)
     shape = (Tq, Tk, *call.strides, *call.gradient_strides)
@@ -519,7 +524,7 @@ def _gradients_single(call: _Call, out: _Gradients) -> Tensor | None:
         "Dv": call.Dv,
         "UNIT": call.unit,
         "BLOCK_K": _SINGLE_KEYS,
-        "BLOCK_D": _fit(max(call.D, call.Dv), 64),
+        "BLOCK_D": _single_columns(call, max(call.D, call.Dv)),
         "APPROXIMATE": call.approximate,
         "num_warps": 4,
     }

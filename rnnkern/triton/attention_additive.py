@@ -42,7 +42,7 @@ _STRIDES = [f"{name}_{which}" for name in ("query", "key") for which in ("batch"
 def factorize(
     rows,  # S [B, T, A]
     lengths,  # int64 [B] or None: all rows are valid
-    mask,  # uint8 [B, T] or None
+    mask,  # bool [B, T] or None: True is padding
     by_column,  # float [B, column tiles * 32, row tiles * 64], or None
     by_row,  # float [B, row tiles * 64, column tiles * 32], or None
     large,  # int32 [B, row tiles, column tiles]
@@ -85,7 +85,7 @@ def additive_scores(
     key_large,  # int32 [B, Tk' / 64, A' / 32]
     vector,  # S [A]
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     scores,  # float [B, Tq, Tk rounded up to PAIR_UNIT]; tiles that are all padding are not written
     Tq,
     Tk,
@@ -175,7 +175,7 @@ def additive_gradient(
     vector,  # S [A]
     dscores,  # float [B, Tq, Tk rounded up to PAIR_UNIT]
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     down,  # S [B, T, A]: the gradient of own
     dvector_parts,  # float [B, row tiles, A]
     T,

@@ -66,7 +66,7 @@ def attend(
     value,  # S [B, Tk, Dv]
     scores,  # float [B, Tq, Tk'], or None: dot
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     context,  # S [B, Tq, Dv]
     stats,  # float [B, Tq, 2] or None: largest score, 1 / sum of exponentials
     Tq,
@@ -158,7 +158,7 @@ def gradient_stats(
     dcontext,  # S [B, Tq, Dv], or None: zero
     dweights,  # S [B, Tq, Tk], or None: zero
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     stats,  # float [B, Tq, 3]: largest score, 1 / sum of exponentials, sum of weights dL/dweights
     Tq,
     Tk,
@@ -232,7 +232,7 @@ def pair_weights(
     dcontext,  # S [B, Tq, Dv], or None: zero
     dweights,  # S [B, Tq, Tk], or None: zero
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     stats,  # float [B, Tq, STATS], of `attend` or `gradient_stats`
     weights,  # S [B, Tq, Tk rounded up to WEIGHTS_UNIT]
     dscores,  # S or float [B, Tq, Tk'], before their scale; or None: weights alone
@@ -303,7 +303,7 @@ def sum_pairs(
     pairs,  # S [B, Tq, Tk']: weights or dscores, zero where a key is padding
     right,  # S [B, terms, COLUMNS]: what belongs to the keys, or to the queries
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     result,  # S [B, rows, COLUMNS]
     rows,  # Tq if the terms are keys, or Tk if they are queries
     terms,

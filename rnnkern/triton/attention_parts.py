@@ -25,7 +25,7 @@ def count_keys(lengths, b, Tk):
 
 @triton.jit
 def are_valid(mask, b, keys, count, Tk):
-    """Which keys of row b are; mask [B, Tk] or None, other than zero is padding."""
+    """Which keys of row b are; mask [B, Tk] or None, True is padding."""
     valid = keys < count
     if mask is not None:
         valid &= tl.load(mask + b * Tk + keys, mask=valid, other=1) == 0

@@ -63,7 +63,7 @@ def attend_part(
     value,  # S [B, Tk, Dv]
     vector,  # S [D], or None: dot
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     context,  # ALONE: S [B, 1, Dv], else float [B, parts, Dv]: sums of exponentials times values
     weights,  # ALONE: S [B, 1, Tk], else float [B, 1, Tk]: scores; or None
     stats,  # float [B, parts, 2]: largest score, sum of exponentials; not ALONE
@@ -184,7 +184,7 @@ def score_part(
     dcontext,  # S [B, 1, Dv], or None: zero
     dweights,  # S [B, 1, Tk], or None: zero
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     scores,  # float [B, Tk], -inf where padding
     gradients,  # float [B, Tk]: dL/dweights, by way of the context too
     stats,  # float [B, parts, 3]: largest score, sum of exponentials, and of these times dL/dweights
@@ -236,7 +236,7 @@ def gradient_part(
     vector,  # S [D], or None: dot
     dcontext,  # S [B, 1, Dv], or None: zero
     lengths,  # int64 [B] or None
-    mask,  # uint8 [B, Tk] or None
+    mask,  # bool [B, Tk] or None: True is padding
     scores,  # float [B, Tk]
     gradients,  # float [B, Tk]
     stats,  # float [B, parts, 3]

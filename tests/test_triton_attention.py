@@ -1,0 +1,210 @@
+"""Attention by Triton, interpreted: outputs and all gradients against float64, for every score, dtype and padding."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnkern
+from rnnkern import triton as kernels
+from rnnkern.ops.attention import OPERATORS, reference
+from tests.attention_problem import PADDINGS, SCORES, Problem, make_problem
+from tests.helpers import assert_as_accurate, assert_same_bits, error
+
+_why = kernels.missing_on("cpu")
+pytestmark = pytest.mark.skipif(bool(_why), reason=_why)
+
+SHAPES = [
+    (3, 1, 1, 1, 1),
+    (2, 5, 7, 17, 3),
+    (3, 1, 150, 20, 33),  # one query, three parts of keys
+    (2, 3, 70, 40, 70),  # few queries
+    (1, 67, 40, 20, 16),  # more queries than a tile
+]  # B, Tq, Tk, D, Dv
+
+
+def check(problem: Problem, dtype: torch.dtype) -> None:
+    assert_as_accurate(problem.run("triton"), problem.run("plain", torch.float64), problem.run("plain"), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize(("B", "Tq", "Tk", "D", "Dv"), SHAPES)
+@pytest.mark.parametrize("score", SCORES)
+def test_outputs_and_gradients(score: str, B: int, Tq: int, Tk: int, D: int, Dv: int, dtype: torch.dtype) -> None:
+    """Each padding with some score, shape and dtype; lengths with all of one dtype."""
+    padding = "lengths" if dtype == torch.float32 else PADDINGS[(SCORES.index(score) + Tk) % 3]
+    check(make_problem(score, B, Tq, Tk, D, Dv, padding=padding, dtype=dtype), dtype)
+
+
+@pytest.mark.parametrize("padding", ["none", "mask"])
+@pytest.mark.parametrize("Tq", [1, 4])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_padding(score: str, Tq: int, padding: str) -> None:
+    check(make_problem(score, 3, Tq, 67, 5, 6, padding=padding), torch.float32)
+
+
+@pytest.mark.parametrize("Tq", [1, 4])
+@pytest.mark.parametrize("size", [9.9, 30.0])
+def test_additive_guard(size: float, Tq: int) -> None:
+    """Elements of +-size, some of which cancel: where the factored exponential would overflow, tanh is still right."""
+    Tk = 70 if Tq > 1 else 9
+    query, key = torch.randn(2, Tq, 33).sign() * size, torch.randn(2, Tk, 33).sign() * size
+    query[:, 1::2] = torch.randn_like(query[:, 1::2])  # rows with and without large elements
+    key[:, ::3] = torch.randn_like(key[:, ::3])
+    key[1, :64], query[1] = 0.5, 0.5  # and whole tiles
+    tensors = {"query": query, "key": key + torch.randn_like(key) * 0.5, "value": torch.randn(2, Tk, 5)}
+    tensors["vector"] = torch.randn(33)
+
+    def run(how: Callable[..., tuple[Tensor, Tensor]], to: torch.dtype) -> dict[str, Tensor]:
+        inputs = {name: t.to(to, copy=True).requires_grad_() for name, t in tensors.items()}
+        out = how(*inputs.values(), None, None, "additive", 1.0, *([True] if how is not reference else []))
+        grads = torch.autograd.grad(out, list(inputs.values()), [torch.ones_like(o).cumsum(-1) for o in out])
+        return {"context": out[0].detach(), "weights": out[1].detach()} | {f"d{n}": g for n, g in zip(inputs, grads)}
+
+    expected, peer = run(reference, torch.float64), run(reference, torch.float32)
+    assert_as_accurate(run(OPERATORS["triton"].attention, torch.float32), expected, peer, torch.float32)
+
+
+@pytest.mark.parametrize("padding", ["lengths", "mask"])
+@pytest.mark.parametrize("Tq", [1, 3])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_padding_is_never_read(score: str, Tq: int, padding: str) -> None:
+    """Nor does a row without a valid key give anything but zeros."""
+    B, Tk, D = 3, 9, 6
+    problem = make_problem("dot", B, Tq, Tk, D, 5, padding=padding)
+    vector = torch.randn(D) if score == "additive" else None
+
+    def run() -> dict[str, Tensor]:
+        inputs = {n: t.detach().requires_grad_() for n, t in problem.tensors.items()}
+        lengths, mask = (problem.padding.get(name) for name in ("lengths", "key_padding_mask"))
+        out = OPERATORS["triton"].attention(*inputs.values(), vector, lengths, mask, score, 1.0, True)
+        grads = torch.autograd.grad(out, list(inputs.values()), (problem.dcontext, problem.dweights))
+        return dict(zip(("context", "weights", *(f"d{n}" for n in inputs)), (*(o.detach() for o in out), *grads)))
+
+    expected = run()
+    for name, bad in (("key", torch.nan), ("value", torch.inf)):
+        problem.tensors[name][problem.is_padding()] = bad
+    actual = run()
+    assert_same_bits(actual, expected)
+    assert all(value[1].eq(0).all() for value in actual.values())
+    assert actual["dkey"][problem.is_padding()].eq(0).all()
+    assert actual["dvalue"][problem.is_padding()].eq(0).all()
+
+
+@pytest.mark.parametrize("Tq", [1, 3])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_nan_propagates(name: str, score: str, Tq: int) -> None:
+    problem = make_problem(score, 2, Tq, 5, 4, 6)
+    problem.tensors[name][1, Tq - 1, 3] = torch.nan
+    touched = problem.run("triton")["context"].isnan().any(-1)
+    expected = torch.zeros(2, Tq, dtype=torch.bool)
+    expected[1, Tq - 1 if name == "query" else slice(None)] = True
+    assert torch.equal(touched, expected)
+
+
+@pytest.mark.parametrize("Tq", [1, 3])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_strides(score: str, Tq: int) -> None:
+    """Time first, every other element, a gradient of stride zero; and what an alignment of 16 elements changes."""
+    problem = make_problem(score, 3, Tq, 7, 16, 32)
+    problem.dcontext = torch.ones(()).expand_as(problem.dcontext)
+    expected = problem.run("triton")
+    problem.tensors["query"] = problem.tensors["query"].transpose(0, 1).contiguous().transpose(0, 1)
+    problem.tensors["key"] = torch.stack((problem.tensors["key"],) * 2, dim=3)[..., 0]
+    problem.tensors["value"] = torch.cat((problem.tensors["value"],) * 2, dim=2)[..., 1:33].roll(1, 2)
+    tensors = {name: t.requires_grad_() for name, t in problem.tensors.items()}
+    with rnnkern.backend("triton"):
+        context, weights = problem.attend(tensors)
+    grads = torch.autograd.grad((context, weights), list(tensors.values()), (problem.dcontext, problem.dweights))
+    actual = {"context": context, "weights": weights} | {f"d{name}": g for name, g in zip(tensors, grads)}
+    assert all(error(value, expected[name]) < 1e-6 for name, value in actual.items())
+
+
+@pytest.mark.parametrize("Tq", [1, 3])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+@pytest.mark.parametrize("given", ["context", "weights"])
+def test_gradient_of_one_output(given: str, score: str, Tq: int) -> None:
+    problem = make_problem(score, 2, Tq, 5, 6, 7)
+    results: list[tuple[Any, ...]] = []
+    for how in ("triton", "eager"):
+        tensors = {name: t.detach().requires_grad_() for name, t in problem.tensors.items()}
+        with rnnkern.backend(how):
+            outputs = dict(zip(("context", "weights"), problem.attend(tensors)))
+        cotangent = {"context": problem.dcontext, "weights": problem.dweights}[given]
+        wanted = [t for name, t in tensors.items() if given == "context" or name != "value"]
+        results.append(torch.autograd.grad(outputs[given], wanted, cotangent))
+    assert all(error(a, b) < 2e-6 for a, b in zip(*results))
+
+
+@pytest.mark.parametrize(
+    ("B", "Tq", "Tk", "D", "Dv"), [(0, 2, 3, 4, 5), (2, 3, 0, 4, 5), (2, 0, 3, 4, 5), (2, 1, 0, 4, 5)]
+)
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_empty(score: str, B: int, Tq: int, Tk: int, D: int, Dv: int) -> None:
+    results = make_problem(score, B, Tq, Tk, D, Dv).run("triton")
+    assert results["context"].shape == (B, Tq, Dv)
+    assert results["weights"].shape == (B, Tq, Tk)
+    assert all(value.eq(0).all() for value in results.values())
+
+
+@pytest.mark.parametrize("Tq", [1, 3])
+def test_rows_without_columns(Tq: int) -> None:
+    query, key, value = (torch.zeros(2, T, C, requires_grad=True) for T, C in ((Tq, 0), (5, 0), (5, 0)))
+    with rnnkern.backend("triton"):
+        context, weights = rnnkern.functional.attention(query, key, value, score="dot", need_weights=True)
+    assert context.shape == (2, Tq, 0)
+    assert torch.allclose(weights, torch.full((2, Tq, 5), 0.2))
+    assert [g.shape for g in torch.autograd.grad(weights.sum() + context.sum(), (query, key, value))] == [
+        t.shape for t in (query, key, value)
+    ]
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_chunks_of_rows_change_no_bit(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rnnkern.triton import attention as launcher
+
+    problem = make_problem(score, 3, 3, 9, 6, 5, padding="lengths")
+    together = problem.run("triton")
+    monkeypatch.setattr(launcher, "_CHUNK_BYTES", 1)
+    apart = problem.run("triton")
+    for name in ("context", "weights", "dquery", "dkey", "dvalue"):
+        assert torch.equal(apart[name], together[name]), name
+
+
+@pytest.mark.parametrize("Tq", [1, 2])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_operators(score: str, Tq: int) -> None:
+    """Schemas, fake kernels, autograd; and second derivatives, which go through the reference."""
+    query, key, value = (torch.randn(2, T, 3, requires_grad=True) for T in (Tq, 4, 4))
+    vector = torch.randn(3, requires_grad=True) if score == "additive" else None
+    inputs = (query, key, value, vector, torch.tensor([4, 2]), None, score, 0.5, True)
+    torch.library.opcheck(OPERATORS["triton"].attention, inputs)
+    gradients = (torch.randn(2, Tq, 3), torch.randn(2, Tq, 4))
+    torch.library.opcheck(OPERATORS["triton"].backward, (*gradients, *inputs[:-1]))
+
+    def second(how: Callable[..., tuple[Tensor, Tensor]], *extra: bool) -> tuple[Tensor, ...]:
+        wanted = [t for t in (query, key, value, vector) if t is not None]
+        first = torch.autograd.grad(how(*inputs[:-1], *extra), wanted, gradients, create_graph=True)
+        return torch.autograd.grad([g.square().sum() for g in first], wanted)
+
+    assert all(error(a, b) < 1e-5 for a, b in zip(second(OPERATORS["triton"].attention, True), second(reference)))
+
+
+def test_refusals() -> None:
+    for dtype, why in (
+        (torch.float64, "float64 is not supported by triton"),
+        (torch.bfloat16, "interpreter multiplies"),
+    ):
+        problem = make_problem("dot", 1, 2, 3, 4, 5, dtype=dtype)
+        with pytest.raises(rnnkern.BackendUnavailable, match=why):
+            problem.run("triton")
+
+
+def test_explain_names_triton() -> None:
+    problem = make_problem("dot", 2, 3, 5, 4, 6)
+    with rnnkern.backend("triton"):
+        told = rnnkern.explain(lambda: problem.attend(problem.tensors))
+    assert told.layers[0].backend == "triton"
