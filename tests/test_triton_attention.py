@@ -164,18 +164,17 @@ def test_rows_without_columns(Tq: int) -> None:
 
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_chunks_of_rows_change_no_bit(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rnnkern.triton import attention as launcher
+    from rnnkern.triton import attention_call
 
     problem = make_problem(score, 3, 3, 9, 6, 5, padding="lengths")
     together = problem.run("triton")
-    monkeypatch.setattr(launcher, "_CHUNK_BYTES", 1)
+    monkeypatch.setattr(attention_call, "_CHUNK_BYTES", 1)
     apart = problem.run("triton")
     for name in ("context", "weights", "dquery", "dkey", "dvalue"):
         assert torch.equal(apart[name], together[name]), name
 
 
-@pytest.mark.parametrize("Tq", [1, 2])
-@pytest.mark.parametrize("score", ["dot", "additive"])
+@pytest.mark.parametrize(("score", "Tq"), [("dot", 1), ("additive", 2)])
 def test_operators(score: str, Tq: int) -> None:
     """Schemas, fake kernels, autograd; and second derivatives, which go through the reference."""
     query, key, value = (torch.randn(2, T, 3, requires_grad=True) for T in (Tq, 4, 4))
@@ -185,12 +184,19 @@ def test_operators(score: str, Tq: int) -> None:
     gradients = (torch.randn(2, Tq, 3), torch.randn(2, Tq, 4))
     torch.library.opcheck(OPERATORS["triton"].backward, (*gradients, *inputs[:-1]))
 
-    def second(how: Callable[..., tuple[Tensor, Tensor]], *extra: bool) -> tuple[Tensor, ...]:
-        wanted = [t for t in (query, key, value, vector) if t is not None]
-        first = torch.autograd.grad(how(*inputs[:-1], *extra), wanted, gradients, create_graph=True)
-        return torch.autograd.grad([g.square().sum() for g in first], wanted)
+    tensors = {"query": query, "key": key, "value": value} | ({"vector": vector} if vector is not None else {})
 
-    assert all(error(a, b) < 1e-5 for a, b in zip(second(OPERATORS["triton"].attention, True), second(reference)))
+    def second(how: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, *extra: bool) -> dict[str, Tensor]:
+        wanted = {name: t.detach().to(dtype).requires_grad_() for name, t in tensors.items()}
+        four = (*wanted.values(), *((None,) if vector is None else ()))
+        cotangents = [g.to(dtype) for g in gradients]
+        first = torch.autograd.grad(
+            how(*four, *inputs[4:8], *extra), list(wanted.values()), cotangents, create_graph=True
+        )
+        return dict(zip(wanted, torch.autograd.grad([g.square().sum() for g in first], list(wanted.values()))))
+
+    actual = second(OPERATORS["triton"].attention, torch.float32, True)
+    assert_as_accurate(actual, second(reference, torch.float64), second(reference, torch.float32), torch.float32)
 
 
 def test_refusals() -> None:
@@ -201,6 +207,25 @@ def test_refusals() -> None:
         problem = make_problem("dot", 1, 2, 3, 4, 5, dtype=dtype)
         with pytest.raises(rnnkern.BackendUnavailable, match=why):
             problem.run("triton")
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_new_lengths_compile_nothing_new(score: str) -> None:
+    """Beyond what tells few queries and keys from many: a launch differs in numbers alone."""
+    from rnnkern.triton import attention, config, launch
+
+    def launches(B: int, Tq: int, Tk: int) -> list[Any]:
+        query, key, value = (torch.empty(B, T, C, device="meta") for T, C in ((Tq, 20), (Tk, 20), (Tk, 17)))
+        vector = torch.empty(20, device="meta") if score == "additive" else None
+        inputs = (query, key, value, vector, torch.full((B,), Tk), None, score, 0.5)
+        with launch.recording(config.Facts("cuda", 132, 232448)) as found:
+            attention.attention(*inputs, True)
+            attention.attention_backward(query.new_empty(B, Tq, 17), query.new_empty(B, Tq, Tk), *inputs)
+        return [(one.kernel, one.constants, [type(a) for a in one.arguments]) for one in found]
+
+    assert launches(3, 1, 100) == launches(16, 1, 1024)
+    assert launches(3, 2, 100) == launches(16, 16, 1024)
+    assert launches(3, 20, 100) == launches(2, 100, 300)
 
 
 def test_explain_names_triton() -> None:
