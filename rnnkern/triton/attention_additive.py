@@ -10,8 +10,8 @@ consecutive. Gradients: the two are one function of (own, other), called with (q
 program has a tile [own rows, columns] of factors and of sums in registers and goes over the other's rows, whose factors
 lie [B, T, A]. So no sum crosses threads within the loops, and none takes atomics; the reciprocals are taken twice.
 
-Napkin: 3 multiply-adds and half a reciprocal per term forward, 5.5 for the queries and 6.5 for the keys backward, which
-at 128 multiply-adds and 16 reciprocals per clock of a multiprocessor is 32, 23 and 20 terms per clock. Factors are 4
+Napkin: 3 multiply-adds and half a reciprocal per term forward, 4.5 for the queries and 5.5 for the keys backward, which
+at 128 multiply-adds and 16 reciprocals per clock of a multiprocessor is 32, 28 and 23 terms per clock. Factors are 4
 bytes per element, [B, T, A] once forward, twice backward, for as many batch rows at a time as an L2 cache holds.
 """
 

@@ -75,7 +75,7 @@ def _additive_scores(call: Call, query: _Factors, key: _Factors) -> Tensor:
         BLOCK_Q=block,
         BLOCK_K=_FACTOR_ROWS,
         APPROXIMATE=call.approximate,
-        num_warps=4 if block == 16 else 8,
+        num_warps=block // 8,
     )
     return scores
 

@@ -141,9 +141,34 @@ def loss_cases() -> Iterable[Case]:
             yield Case(name, quick, functools.partial(run_loss, dtype, gradients))
 
 
+def run_attention(score: str, dtype: torch.dtype, Tq: int) -> str:
+    """Forward with weights, and backward, of rows that end."""
+    from rnnkern.triton import attention
+
+    B, Tk, D = 2, 100, 256
+    query, key, value, vector, dweights = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((B, Tq, D), (B, Tk, D), (B, Tk, D), (D,), (B, Tq, Tk))
+    )
+    inputs = query, key, value, vector if score == "additive" else None, torch.full((B,), Tk), None, score, 1.0
+    context, _ = attention.attention(*inputs, True)
+    attention.attention_backward(context, dweights, *inputs)
+    return ""
+
+
+def attention_cases() -> Iterable[Case]:
+    """Both scores of one query, few and many, in 16 and in 32 bits."""
+    for score in ("dot", "additive"):
+        for dtype in (torch.bfloat16, torch.float32):
+            for Tq in (1, 8, 50):
+                quick = score == "additive" and dtype == torch.bfloat16 and Tq != 8
+                run = functools.partial(run_attention, score, dtype, Tq)
+                yield Case(f"{score} {TYPES[dtype]} Tq={Tq}", quick, run)
+
+
 def cases() -> list[Case]:
     """Of all kernels."""
-    return [*layer_cases(), *loss_cases()]
+    return [*layer_cases(), *attention_cases(), *loss_cases()]
 
 
 def describe(launch: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
@@ -201,11 +226,16 @@ def launches_of(case: Case, target: Target) -> dict[str, Launch]:
     """By name; nothing for a case that the target has no room for."""
     with recording(target.facts) as launches:
         size = case.run()
-    found = {}
+    found: dict[str, dict[str, Launch]] = {}  # by name, by what is compiled
     for launch in launches:
         module = launch.kernel.fn.__module__.rpartition(".")[2]
-        found[f"{module}.{launch.kernel.fn.__name__} {case.name}{size}"] = launch
-    return found
+        name = f"{module}.{launch.kernel.fn.__name__} {case.name}{size}"
+        found.setdefault(name, {}).setdefault(str(describe(launch)), launch)
+    return {
+        f"{name}, variant {i}" if i > 1 else name: launch
+        for name, variants in found.items()
+        for i, launch in enumerate(variants.values(), 1)
+    }
 
 
 def compile_case(index: int, target: str, only: str) -> list[tuple[str, str, Resources]]:
