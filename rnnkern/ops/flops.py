@@ -99,6 +99,8 @@ def _register(counter: ModuleType) -> None:
     formulas: list[tuple[list[Any], Any]] = [
         ([ops.triton_layer, ops.triton_layer_inference], _layer),
         ([ops.triton_layer_backward], _layer_backward),
+        ([ops.triton_attention, ops.triton_attention_inference], _attention),
+        ([ops.triton_attention_backward], _attention_backward),
         ([ops.linear_cross_entropy, ops.triton_linear_cross_entropy], _linear_cross_entropy),
         (
             [ops.linear_cross_entropy_gradients, ops.triton_linear_cross_entropy_gradients],
