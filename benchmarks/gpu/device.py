@@ -1,6 +1,7 @@
 """How a call is measured on a GPU: time by events, memory by torch's allocator, kernels by torch's profiler."""
 
 import contextlib
+import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
@@ -40,8 +41,8 @@ class DeviceClock:
         facts = torch.cuda.get_device_properties(0)
         self._cache = torch.empty(2 * facts.L2_cache_size, dtype=torch.int8, device=DEVICE)
         self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # Seconds on the host of each function's last call; a function holds its row's tensors, and this does not.
-        self.launching: MutableMapping[Callable[[], object], float] = weakref.WeakKeyDictionary()
+        # Seconds on the host of each function's calls; a function holds its row's tensors, and this does not.
+        self.launching: MutableMapping[Callable[[], object], list[float]] = weakref.WeakKeyDictionary()
         matrix = torch.randn(4096, 4096, device=DEVICE, dtype=torch.bfloat16)
         begin = time.perf_counter()
         while time.perf_counter() - begin < WARM_UP_SECONDS:  # clocks rise
@@ -58,19 +59,21 @@ class DeviceClock:
         return 1e-3 * float(start.elapsed_time(end))
 
     def host_bound(self, seconds: dict[str, float], functions: dict[str, Callable[[], object]]) -> list[str]:
-        """Whose calls, of those that took so many seconds, the GPU waited for."""
-        return [name for name, value in seconds.items() if host_bound(value, self.launching[functions[name]])]
+        """Whose calls, of those that took so many seconds, the GPU waited for: by medians, as the seconds are."""
+        launching = {name: statistics.median(self.launching[functions[name]]) for name in seconds}
+        return [name for name, value in seconds.items() if host_bound(value, launching[name])]
 
     def __call__(self, function: Callable[[], object], calls: int) -> float:
         """Seconds of one call: each sample is one."""
         assert calls == 1
+        launching = self.launching.setdefault(function, [])
         self._cache.zero_()
-        torch.cuda._sleep(round(ahead(self.launching.get(function, 0.0)) * self._cycles_per_second))
+        torch.cuda._sleep(round(ahead(launching[-1] if launching else 0.0) * self._cycles_per_second))
 
         def timed() -> None:
             begin = time.perf_counter()
             function()
-            self.launching[function] = time.perf_counter() - begin
+            launching.append(time.perf_counter() - begin)
 
         return self._between(timed)
 
