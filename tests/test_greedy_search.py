@@ -120,6 +120,37 @@ def test_max_length() -> None:
         assert not result.finished.any()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_a_row_comes_to_after_its_end_does_not_count(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that has ended stays in the batch until others have, too."""
+    model = make_model().eval()
+    source, _, lengths = make_batch()
+    steps = 0
+
+    def step(tokens: Tensor, state: object, memory: object, *, need_weights: bool) -> tuple[Tensor, object, None]:
+        nonlocal steps
+        logits = torch.zeros(len(tokens), PHONES)
+        logits[:, 5] = 1  # all would write this
+        if steps == 0:
+            logits[2, END] = 2
+        else:
+            logits[2] = bad
+        steps += 1
+        return logits, state, None
+
+    monkeypatch.setattr(model.decoder, "step", step)
+    result = greedy_search(model, source, lengths, start=START, end=END, max_length=3)
+    assert steps == 4
+    assert result.lengths.tolist() == [3, 3, 0, 3]
+    assert result.finished.tolist() == [False, False, True, False]
+    writing = torch.zeros(PHONES)
+    writing[5] = 1
+    ending = writing.clone()
+    ending[END] = 2
+    score = 3 * writing.log_softmax(0)[5]
+    torch.testing.assert_close(result.scores, torch.stack([score, score, ending.log_softmax(0)[END], score]))
+
+
 def test_search_leaves_mode_and_gradients_alone() -> None:
     model = make_model()
     source, _, lengths = make_batch()

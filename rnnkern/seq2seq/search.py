@@ -100,7 +100,8 @@ def greedy_search(
         live = ~finished[rows]
         ended = previous == end
         # The step after the last symbol only asks whether the row ends there.
-        scores[rows] += step_scores * (live & (ended | (position < max_length)))
+        counts = live & (ended | (position < max_length))
+        scores[rows] += step_scores.masked_fill(~counts, 0)  # a row that has ended may come to NaN
         finished[rows] |= ended
         writing = live & ~ended
         if position == max_length:
