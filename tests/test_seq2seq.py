@@ -170,6 +170,38 @@ def test_lengths_of_any_integer_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(results[0].scores, results[1].scores)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # no input of the model has a gradient
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_hooks_see_the_calls_of_the_loss(batch_first: bool) -> None:
+    model = make_model(batch_first=batch_first)
+    source, target, lengths = make_batch()
+    if batch_first:
+        source, target = source.t(), target.t()
+    expected = model.loss(source, target, lengths)
+    expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
+    for module in (model, model.decoder, model.decoder.output):
+        for register in (
+            module.register_forward_hook,
+            module.register_forward_pre_hook,
+            module.register_full_backward_pre_hook,
+        ):
+            calls: list[str] = []
+            handle = register(lambda module, *_, calls=calls: calls.append(type(module).__name__))  # type: ignore[operator]
+            loss = model.loss(source, target, lengths)
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            handle.remove()
+            assert calls == [type(module).__name__]
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(gradients, expected_gradients)
+    seen: list[torch.nn.Module] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        torch.testing.assert_close(model.loss(source, target, lengths), expected)
+    finally:
+        handle.remove()
+    assert {model, model.encoder, model.decoder, model.decoder.output} <= set(seen)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_autocast(attention: str) -> None:
     model = make_model("gru", attention, dtype=torch.float32)

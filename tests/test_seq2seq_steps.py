@@ -94,19 +94,53 @@ class _Operators(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+VIEWS = {"select.int", "unsqueeze", "unsqueeze_", "t", "transpose.int", "view", "detach", "alias"}
+
+
+@pytest.mark.parametrize("dtype", FUSED_DTYPES, ids=str)
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_step_copies_and_clears_nothing(cell: str, attention: str) -> None:
+def test_a_step_copies_and_clears_nothing(cell: str, attention: str, layers: int, dtype: torch.dtype) -> None:
     """What would wait for a GPU, or take a launch more: the memory has what the steps of a sequence share."""
-    decoder = make_decoder(cell, attention)
+    decoder = make_decoder(cell, attention, layers, dtype)
     tokens, state, values, lengths = make_inputs(decoder)
     with torch.no_grad(), rnnkern.backend(EMULATED):
         memory = decoder.prepare(values, lengths)
-        with _Operators() as seen:
+        with _Operators() as first:
+            _, state, _ = decoder.step(tokens, state, memory)
+        with _Operators() as next_one:
             decoder.step(tokens, state, memory)
-    views = {"select.int", "unsqueeze", "unsqueeze_", "t", "transpose.int", "view", "detach", "alias"}
-    fused = {"rnnkern::cuda_cell_step", "rnnkern::cuda_attention_step"}
-    assert set(seen.names) <= views | fused | {"embedding", "cat", "mm", "addmm", "linear", "tanh"}
+    last = "cell" if attention == "none" else "attention"
+    recurrent = ["rnnkern::cuda_cell_step"] * (layers - 1) + [f"rnnkern::cuda_{last}_step"]
+    states = ["stack"] * ((layers > 1) * (2 if cell == "lstm" else 1))
+    after = ["mm", "tanh", "addmm"] if attention == "none" else ["cat", "mm", "tanh", "addmm"]
+    launches = ["embedding", *recurrent, *states, *after]
+    assert [name for name in next_one.names if name not in VIEWS] == launches
+    converted = ["_to_copy"] * (cell == "lstm" and dtype != torch.float32)  # of c, once for a sequence
+    assert [name for name in first.names if name not in VIEWS] == ["embedding", *converted, *launches[1:]]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("dtype", FUSED_DTYPES[1:], ids=str)
+def test_c_of_16_bits_goes_on_in_float32(dtype: torch.dtype, layers: int) -> None:
+    decoder = make_decoder("lstm", layers=layers, dtype=dtype)
+    tokens, (h, c), values, lengths = make_inputs(decoder)
+    with torch.no_grad(), rnnkern.backend(EMULATED):
+        memory = decoder.prepare(values, lengths)
+        fine = c.float() * (1 + 1e-4)  # which 16 bits do not hold
+        _, (_, found), _ = decoder.step(tokens, (h, fine), memory)
+        _, (_, rounded), _ = decoder.step(tokens, (h, fine.to(dtype)), memory)
+        assert found.dtype == rounded.dtype == torch.float32
+        assert not torch.equal(found, rounded)
+        # The modules take it, and give what they give for the rounded one.
+        for run in (
+            lambda c: decoder.step(tokens, (h, c), memory, need_weights=True),
+            lambda c: decoder(tokens[None], (h, c), memory),
+        ):
+            (logits, (_, last), _), (expected, (_, expected_last), _) = run(fine), run(fine.to(dtype))
+            assert last.dtype == dtype
+            assert_same_bits({"logits": logits, "c": last}, {"logits": expected, "c": expected_last})
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -163,6 +197,19 @@ def test_the_modules_run_where_a_launch_does_not_do_what_they_do() -> None:
         assert run_by(decoder) == ordinary
         assert len(seen) == 1
         handle.remove()
+        assert run_by(decoder) == ["rnnkern::cuda_attention_step"]
+        called: list[str] = []
+        for register in (
+            torch.nn.modules.module.register_module_forward_hook,
+            torch.nn.modules.module.register_module_forward_pre_hook,
+        ):
+            called.clear()
+            handle = register(lambda module, *_: called.append(type(module).__name__))
+            try:
+                assert run_by(decoder) == ordinary
+            finally:
+                handle.remove()
+            assert {"GRU", "AdditiveAttention"} <= set(called)
         assert run_by(decoder) == ["rnnkern::cuda_attention_step"]
         decoder.attention.query_projection = type("Own", (torch.nn.Linear,), {})(10, 9, bias=False)
         assert run_by(decoder) == ordinary

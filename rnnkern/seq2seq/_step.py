@@ -1,4 +1,8 @@
-"""A decoding step without gradients on a GPU: one launch for each layer, the last with the attention after it."""
+"""A decoding step without gradients on a GPU: one launch for each layer, the last with the attention after it.
+
+The states of several layers are joined by a launch more, an LSTM's by two. An LSTM's c stays in the compute dtype from
+step to step; one in the dtype of x, as the encoder gives it, is converted by a launch, once for a sequence.
+"""
 
 from typing import Any, NamedTuple
 
@@ -19,14 +23,14 @@ class Stepped(NamedTuple):
 
     hidden: Tensor  # of the last layer, [B, H]
     context: Tensor | None  # [B, M]; None without attention
-    state: Any  # in the form in which it was given
+    state: Any  # h [L, B, H], or (h, c) with c in the compute dtype
 
 
 def fused_step(
     recurrent: Any,
     attention: Any,
     x: Tensor,  # [B, E]
-    state: Any,  # [L, B, H] each
+    state: Any,  # [L, B, H] each; c in the dtype of x or the compute dtype
     values: Tensor,  # [B, Tk, M]
     projected: Tensor | None,  # [B, Tk, D]
     lengths: Tensor | None,  # int64 [B], on the device
@@ -42,14 +46,15 @@ def fused_step(
     if not cuda.fuses(cell, x, recurrent.hidden_size) or two_states != (c is not None):
         return None
     sizes = recurrent.num_layers, x.shape[0], recurrent.hidden_size
-    if not all(_fits(s, x, sizes) for s in ((h, c) if two_states else (h,))):
+    compute = compute_dtype(x.dtype)
+    if not _fits(h, x, sizes) or (two_states and not _fits(c, x, sizes, x.dtype, compute)):
         return None
     if attention is not None and (projected is None or not _fits(values, x, (x.shape[0], *values.shape[1:]))):
         return None
     if lengths is not None and lengths.device != x.device:
         return None
 
-    c = None if c is None else c.to(compute_dtype(x.dtype))
+    c = None if c is None else c.to(compute)
     hidden, context = x, None
     every_h: list[Tensor] = []
     every_c: list[Tensor] = []
@@ -75,16 +80,38 @@ def fused_step(
         if next_c is not None:
             every_c.append(next_c)
     h_n = _stacked(every_h)
-    return Stepped(h_n[-1], context, (h_n, _stacked(every_c).to(x.dtype)) if two_states else h_n)
+    return Stepped(h_n[-1], context, (h_n, _stacked(every_c)) if two_states else h_n)
 
 
 def _stacked(layers: list[Tensor]) -> Tensor:
     return torch.stack(layers) if len(layers) > 1 else layers[0].unsqueeze_(0)  # no view: these refuse `detach_`
 
 
-def _fits(tensor: Any, x: Tensor, sizes: tuple[int, ...]) -> bool:
-    """Whether it has these sizes, and dtype and device of x; whoever does not fit is refused by the modules."""
-    return isinstance(tensor, Tensor) and (tensor.shape, tensor.dtype, tensor.device) == (sizes, x.dtype, x.device)
+def _fits(tensor: Any, x: Tensor, sizes: tuple[int, ...], *dtypes: torch.dtype) -> bool:
+    """Whether it has these sizes, device of x and its dtype, or one of those; the modules refuse what does not fit."""
+    return (
+        isinstance(tensor, Tensor)
+        and (tensor.shape, tensor.device) == (sizes, x.device)
+        and tensor.dtype in (dtypes or (x.dtype,))
+    )
+
+
+def modules_state(state: Any) -> Any:
+    """The state as the modules take it: c in the dtype of h, if it comes from `fused_step`."""
+    if isinstance(state, tuple) and len(state) == 2 and all(isinstance(s, Tensor) for s in state):
+        h, c = state
+        if h.dtype in (torch.bfloat16, torch.float16) and c.dtype == compute_dtype(h.dtype):
+            return h, c.to(h.dtype)
+    return state
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether a call of one of these modules would run hooks, its own or those of every module."""
+    everywhere: Any = torch.nn.modules.module  # of hooks of every module; that is not typed
+    return bool(everywhere._has_any_global_hook()) or any(
+        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+        for module in modules
+    )
 
 
 def _is_plain(recurrent: Any, attention: Any) -> bool:
@@ -95,6 +122,6 @@ def _is_plain(recurrent: Any, attention: Any) -> bool:
     if isinstance(attention, rnn.AdditiveAttention):
         modules.append((attention.query_projection, (nn.Linear,)))
     drops = recurrent.training and recurrent.dropout
-    return not (drops or torch._C._is_any_autocast_enabled()) and all(
-        type(module) in kinds and not (module._forward_hooks or module._forward_pre_hooks) for module, kinds in modules
-    )
+    if drops or torch._C._is_any_autocast_enabled() or hooked(*(module for module, _ in modules)):
+        return False
+    return all(type(module) in kinds for module, kinds in modules)

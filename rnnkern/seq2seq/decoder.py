@@ -10,7 +10,7 @@ from rnnkern import nn as rnn
 from rnnkern.functional import check_tensor, linear_cross_entropy
 from rnnkern.ops import cuda
 from rnnkern.ops.attention import place_lengths
-from rnnkern.seq2seq._step import fused_step
+from rnnkern.seq2seq._step import fused_step, hooked, modules_state
 from rnnkern.seq2seq.encoder import (
     State,
     check_dropout,
@@ -207,19 +207,23 @@ class Decoder(nn.Module):
     def loss(self, tokens: Tensor, expected: Tensor, state: State, memory: Memory) -> Tensor:
         """Gives the cross entropy per symbol, in nats, padding ignored; a large vocabulary's logits are never all held.
 
+        Decoders with hooks, or with another output layer than torch.nn.Linear or one with hooks, do hold them.
+
         Args:
             tokens: the symbol before each position, as in ``forward``.  # [T, B], or [B, T] with batch_first
             expected: the symbol of each position.  # [T, B], or [B, T] with batch_first
             state: state before the first step.  # [L, B, H] each
             memory: what ``prepare`` made of the source.
         """
+        expected = expected.long()
+        if type(self.output) is not nn.Linear or hooked(self, self.output):
+            # What has taken the layer's place, or watches it or the decoder, is to be called.
+            logits: Tensor = self(tokens, state, memory)[0]
+            return cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=self.padding_index)
         attended = self._run_target(tokens, state, memory, False)[0]  # [B, T, H]
-        expected = (expected if self.batch_first else expected.transpose(0, 1)).long()
-        if type(self.output) is nn.Linear and not self.output._forward_hooks and not self.output._forward_pre_hooks:
-            weight, bias = self.output.weight, self.output.bias
-            return linear_cross_entropy(attended, weight, expected, linear_bias=bias, ignore_index=self.padding_index)
-        logits = self.output(attended)  # by what has taken the layer's place, or watches it
-        return cross_entropy(logits.flatten(0, 1), expected.flatten(), ignore_index=self.padding_index)
+        expected = expected if self.batch_first else expected.transpose(0, 1)
+        weight, bias = self.output.weight, self.output.bias
+        return linear_cross_entropy(attended, weight, expected, linear_bias=bias, ignore_index=self.padding_index)
 
     def step(
         self, tokens: Tensor, state: State, memory: Memory, *, need_weights: bool = False
@@ -227,7 +231,9 @@ class Decoder(nn.Module):
         """Runs one step of every row, as a search does.
 
         On a GPU, without gradients, the attention weights or autocast, each layer is one launch, the last with the
-        attention that follows it. Nothing is copied from the CPU or waited for, and a CUDA graph may hold the step.
+        attention that follows it; states of several layers are joined by one more, an LSTM's by two. The c of an LSTM
+        in bfloat16 or float16 is then float32 after the step, so that the next step goes on with all of it; steps and
+        calls take c in both dtypes. Nothing is copied from the CPU or waited for, and a CUDA graph may hold the step.
 
         Args:
             tokens: the last symbol of each row.  # [B]
@@ -276,7 +282,7 @@ class Decoder(nn.Module):
         need_weights: bool,
     ) -> tuple[Tensor, State, Tensor | None]:
         """What the output layer reads [B, T, H], the state after the last step, and the weights or None."""
-        hidden, state = self.recurrent(embedded, state)  # [T, B, H]
+        hidden, state = self.recurrent(embedded, modules_state(state))  # [T, B, H]
         hidden = hidden.transpose(0, 1)  # [B, T, H]
         context = weights = None
         if self.attention is not None:

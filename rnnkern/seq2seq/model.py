@@ -1,7 +1,9 @@
 """Seq2Seq: an encoder and a decoder trained together."""
 
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from rnnkern.seq2seq._step import hooked
 from rnnkern.seq2seq.decoder import Decoder, Memory
 from rnnkern.seq2seq.encoder import Encoder, State, check_tokens
 
@@ -78,11 +80,16 @@ class Seq2Seq(nn.Module):
     def loss(self, source: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Gives the cross entropy per target symbol, in nats, padding ignored; arguments as in ``forward``.
 
-        The logits of a large vocabulary are never all held (`rnnkern.functional.linear_cross_entropy`). The loss is NaN
+        The logits of a large vocabulary are never all held (`rnnkern.functional.linear_cross_entropy`), unless this
+        module, the decoder or its output layer has hooks: these see the calls that ``forward`` makes. The loss is NaN
         where the target is only padding after its first symbol, as ``torch.nn.CrossEntropyLoss`` has it.
         """
-        inputs, memory, state = self._begin(source, target, lengths)
         time_dim = 1 if self.batch_first else 0
+        if hooked(self):  # which are to see a call
+            logits: Tensor = self(source, target, lengths)
+            expected = target.narrow(time_dim, 1, logits.shape[time_dim]).flatten().long()
+            return cross_entropy(logits.flatten(0, 1), expected, ignore_index=self.decoder.padding_index)
+        inputs, memory, state = self._begin(source, target, lengths)
         return self.decoder.loss(inputs, target.narrow(time_dim, 1, inputs.shape[time_dim]), state, memory)
 
     def _begin(self, source: Tensor, target: Tensor, lengths: Tensor | None) -> tuple[Tensor, Memory, State]:
