@@ -278,7 +278,7 @@ def place_lengths(
     absent = _library.missing_on(device)["cuda" if key.is_cuda else _dispatch.EMULATED]
     if absent or onnx.exporting() or (not compiling and _dispatch.transformed()):
         return lengths.to(device)
-    if not compiling:  # the operator checks what a traced program cannot
+    if not compiling:  # for the message; the operator checks too, since a traced program cannot
         _check_range(lengths, key.shape[1])
     placed: Tensor = torch.ops.rnnkern.cuda_lengths.default(lengths, key)
     return placed
