@@ -221,6 +221,7 @@ class HostClock:
         self.launching.setdefault(function, []).append(1e-6)
         return 1e-3
 
+    launching_seconds = device.DeviceClock.launching_seconds
     host_bound = device.DeviceClock.host_bound
 
 
@@ -275,6 +276,7 @@ def test_dry_run_of_layers(on_the_cpu: Results, capsys: pytest.CaptureFixture[st
         assert not row["disagrees"]
         assert row["ratio"][TORCH] == 1.0
         assert row["rounds"] == 5
+        assert row["launching_seconds"][OURS] == 1e-6
         assert f"{OURS} stepwise" in row["refused"]  # there is no GPU
         assert row["peak_mib"][OURS] == 3
         assert (layers.PROJECTION in row["seconds"]) == ("eval" in name)

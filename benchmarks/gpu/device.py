@@ -58,9 +58,13 @@ class DeviceClock:
         end.synchronize()
         return 1e-3 * float(start.elapsed_time(end))
 
+    def launching_seconds(self, function: Callable[[], object]) -> float:
+        """Seconds that the function's calls took on the host: the median."""
+        return statistics.median(self.launching[function])
+
     def host_bound(self, seconds: dict[str, float], functions: dict[str, Callable[[], object]]) -> list[str]:
         """Whose calls, of those that took so many seconds, the GPU waited for: by medians, as the seconds are."""
-        launching = {name: statistics.median(self.launching[functions[name]]) for name in seconds}
+        launching = {name: self.launching_seconds(functions[name]) for name in seconds}
         return [name for name, value in seconds.items() if host_bound(value, launching[name])]
 
     def __call__(self, function: Callable[[], object], calls: int) -> float:

@@ -115,7 +115,7 @@ def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any
     result |= {
         "seconds": device_seconds,
         "host_bound": clock.host_bound(device_seconds, functions),
-        "launching_seconds": {name: clock.launching[function] for name, function in functions.items()},
+        "launching_seconds": {name: clock.launching_seconds(function) for name, function in functions.items()},
         "ratio": {peer: times.ratio(peer, OURS) for peer in (TORCH, EAGER) if peer in functions},
         "ratio_quartiles": {peer: times.ratio_range(peer, OURS) for peer in (TORCH,) if peer in functions},
         "rounds": len(times.samples[OURS]),
