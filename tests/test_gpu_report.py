@@ -420,4 +420,5 @@ def test_latencies_exchange_what_they_should(tmp_path: Path) -> None:
 @needs_emulator
 def test_what_is_sanitized_runs() -> None:
     small.run_steps("cuda-emulated", "cpu", torch.bfloat16)
+    small.run_stacks("cuda-emulated", "cpu", torch.bfloat16)
     small.run_attention("cuda-emulated", "cpu", torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Small calls of every kernel, in every dtype: layers by each engine, cells, attention. What compute-sanitizer watches.
+"""Small calls of every kernel, in every dtype: layers, stacks, cells, attention. What compute-sanitizer watches.
 
 Sizes are odd, so that tails are reached, and few, since a sanitized kernel takes a hundred times as long.
 """
@@ -13,6 +13,7 @@ from benchmarks.gpu.device import DEVICE, float32_products
 from benchmarks.gpu.machine import CannotRun, need_kernels
 from rnnkern._bench.cases import OURS, Case, modules, runner
 from rnnkern.cells import CELLS as CELLS_OF
+from rnnkern.ops import cuda_stack
 from rnnkern.ops._dispatch import ENGINES
 from rnnkern.ops.cuda import step_workspace
 from rnnkern.ops.step import attention_step, step
@@ -60,6 +61,18 @@ def run_steps(backend: str, device: str, dtype: torch.dtype) -> None:
                     attention_step(name, x, h, c, weights, key, value, vector=score_vector, workspace=workspace)
 
 
+def run_stacks(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Two layers of one direction, side by side on two chunks of time, forward and backward."""
+    before, cuda_stack.CHUNKS = cuda_stack.CHUNKS, 2
+    try:
+        for name, engine in itertools.product(CELLS, (None, "grid")):
+            case = Case(name, 5, 3, 6, 20, layers=2, dtype=dtype, training=True)
+            with rnnkern.backend(backend, engine=engine):
+                runner(case, modules(case, device)[OURS], device)()
+    finally:
+        cuda_stack.CHUNKS = before
+
+
 def run_attention(backend: str, device: str, dtype: torch.dtype) -> None:
     """Dot and additive scores, one query and several, few keys and many, both ways, with weights and lengths."""
     for Tq, Tk, D, Dv in ((1, 5, 17, 9), (1, 200, 64, 64), (6, 33, 17, 9), (70, 130, 64, 40)):
@@ -86,9 +99,10 @@ def main() -> int:
     failed = False
     for dtype in DTYPES:
         run_steps("cuda", DEVICE, dtype)
+        run_stacks("cuda", DEVICE, dtype)
         run_attention("cuda", DEVICE, dtype)
         torch.cuda.synchronize()
-        print(f"steps and attention in {dtype}", flush=True)
+        print(f"steps, stacks and attention in {dtype}", flush=True)
     for cell, dtype, (T, B, I, H, more) in itertools.product(CELLS, DTYPES, SIZES):
         case = Case(cell, T, B, I, H, dtype=dtype, training=True, **more)
         for tf32 in (False, True) if dtype == torch.float32 else (True,):
