@@ -3,6 +3,7 @@
 The emulated CUDA kernels, for tests, are a library of their own, librnnkern_emulated.so, loaded when asked for.
 """
 
+import functools
 import importlib
 import re
 import warnings
@@ -102,13 +103,29 @@ missing = {"cpu": reason, "cuda": _missing_cuda(), "cuda-emulated": "the emulate
 _warned = False
 
 
+@functools.cache
+def _no_code_on_gpu(code: tuple[str, ...], index: int) -> str:
+    if not torch.cuda.is_available():
+        return ""
+    return unsupported(code, f"cuda:{index}", torch.cuda.get_device_capability(index))
+
+
+def _no_code_on(code: tuple[str, ...], index: int | None) -> str:
+    """`unsupported` of the GPU of that index, or of the current one; asked once, since every call of a layer asks."""
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return _no_code_on_gpu(code, index)
+
+
+# As in rnnkern.ops.onnx: Dynamo is to call this, not to put the question for the capability into the graph.
+_no_code_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def missing_on(device: torch.device) -> dict[str, str]:
     """`missing`, for tensors on a device."""
     missing_here = {**missing, "triton": triton.missing_on(device.type)}
-    if device.type == "cuda" and not missing["cuda"] and torch.cuda.is_available():
-        why = unsupported(cuda_code, str(device), torch.cuda.get_device_capability(device))
-        if why:
-            missing_here["cuda"] = why
+    if device.type == "cuda" and not missing["cuda"]:
+        missing_here["cuda"] = _no_code_on(cuda_code, device.index)
     return missing_here
 
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -229,12 +231,45 @@ def test_a_gpu_without_code_falls_to_the_reference(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(rnnkern.triton, "reason", "no Triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    _library._no_code_on_gpu.cache_clear()
     missing = _library.missing_on(torch.device("cuda", 0))
     chosen = choose(**CASE | {"device": "cuda"}, missing=missing)
     assert chosen.backend == "eager"
     assert "compiled for sm_90a, compute_90a, cuda:0 has compute capability 12.0" in chosen.why
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    _library._no_code_on_gpu.cache_clear()
     assert choose(**CASE | {"device": "cuda"}, missing=_library.missing_on(torch.device("cuda", 0))).backend == "cuda"
+    _library._no_code_on_gpu.cache_clear()
+
+
+def test_a_gpu_is_asked_once_and_never_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, graphs = [], []
+
+    def capability(device: int) -> tuple[int, int]:
+        asked.append(device)
+        return 9, 0
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
+        graphs.append([node.op for node in graph.graph.nodes])
+        return graph.forward
+
+    monkeypatch.setattr(_library, "missing", {**_library.missing, "cuda": ""})
+    monkeypatch.setattr(_library, "cuda_code", ("sm_90a",))
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=capability)
+    monkeypatch.setattr(_library, "torch", SimpleNamespace(cuda=cuda))  # Dynamo itself goes on to find no GPU
+    _library._no_code_on_gpu.cache_clear()
+    device = torch.device("cuda", 1)
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x if _library.missing_on(device)["cuda"] else x + x
+
+    compiled = torch.compile(doubled, backend=keep, fullgraph=True)
+    assert torch.equal(compiled(torch.ones(2)), torch.full((2,), 2.0))
+    for _ in range(3):
+        assert not _library.missing_on(device)["cuda"]
+    _library._no_code_on_gpu.cache_clear()
+    assert asked == [1]
+    assert graphs == [["placeholder", "call_function", "output"]]
 
 
 @needs_kernels
