@@ -5,9 +5,11 @@
 // then torch's allocator need not know of them.
 #pragma once
 
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,12 +19,22 @@ namespace rnnkern::cuda {
 
 #ifdef RNNKERN_EMULATED
 
-// Work is kept back until it is joined: the latest that the events allow, so that a join that is missing shows.
+// Work is kept back until it is joined: the latest that the events allow, so that a join that is missing shows. With
+// RNNKERN_EMULATED_STREAMS=early in the environment it runs at once, so that it shows whatever it needs that is only
+// made afterwards. A fork that is missing shows in neither: the caller's stream has no work that is still to be done.
 class SideStreams {
  public:
-  SideStreams(void*, int count) : waiting_(size_t(count)) {}
+  SideStreams(void*, int count) : waiting_(size_t(count)) {
+    const char* const schedule = std::getenv("RNNKERN_EMULATED_STREAMS");
+    early_ = schedule && std::string(schedule) == "early";
+  }
 
-  void run(int which, const std::function<void(void*)>& launch) { waiting_[size_t(which)].push_back(launch); }
+  void run(int which, const std::function<void(void*)>& launch) {
+    if (early_)
+      launch(nullptr);
+    else
+      waiting_[size_t(which)].push_back(launch);
+  }
   void join(int which) {
     std::vector<std::function<void(void*)>> work;
     work.swap(waiting_[size_t(which)]);
@@ -34,6 +46,7 @@ class SideStreams {
 
  private:
   std::vector<std::vector<std::function<void(void*)>>> waiting_;
+  bool early_;
 };
 
 #else
@@ -44,15 +57,17 @@ class SideStreams {
   SideStreams(void* main, int count) : main_(Stream(main)), busy_(size_t(count), false) {
     const Lock lock(mutex());
     sides_ = &sides_of(main_);
-    while (int(sides_->size()) < count) sides_->push_back(create());
+    while (int(sides_->size()) < count) sides_->push_back(create(main_));
   }
   SideStreams(const SideStreams&) = delete;
   SideStreams& operator=(const SideStreams&) = delete;
   // Work that an exception left behind: its memory may be used again on the caller's stream.
   ~SideStreams() {
-    try {
-      join();
-    } catch (const std::runtime_error&) {
+    for (size_t which = 0; which < busy_.size(); ++which) {
+      try {
+        join(int(which));
+      } catch (const std::runtime_error&) {  // the others are joined nevertheless
+      }
     }
   }
 
@@ -81,13 +96,18 @@ class SideStreams {
     cudaEvent_t event;
   };
 
-  static Side create() {
+  // Of the caller's stream's priority.
+  static Side create(Stream main) {
+    int priority = 0;
+    check(cudaStreamGetPriority(main, &priority), "the priority of a stream");
     // The caller's stream may be captured, of which a new stream is no part.
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     check(cudaThreadExchangeStreamCaptureMode(&mode), "the mode of stream capture");
     Side side{};
-    const cudaError_t stream = cudaStreamCreateWithFlags(&side.stream, cudaStreamNonBlocking);
+    const cudaError_t stream = cudaStreamCreateWithPriority(&side.stream, cudaStreamNonBlocking, priority);
     const cudaError_t event = cudaEventCreateWithFlags(&side.event, cudaEventDisableTiming);
+    if (stream == cudaSuccess && event != cudaSuccess) cudaStreamDestroy(side.stream);
+    if (stream != cudaSuccess && event == cudaSuccess) cudaEventDestroy(side.event);
     check(cudaThreadExchangeStreamCaptureMode(&mode), "the mode of stream capture");
     check(stream, "cannot create a stream");
     check(event, "cannot create an event");
