@@ -1,6 +1,7 @@
 """Layers side by side on chunks of time, emulated: against float64, and the bits of one layer after another.
 
-The emulator runs what a side stream has no earlier than somebody waits for it: a wait that is missing shows as NaN.
+Every test runs under two schedules. The emulator runs what a side stream has no earlier than somebody waits for it, so
+that a wait that is missing shows as NaN; or at once, so that a launch shows which needs what is only made after it.
 """
 
 import dataclasses
@@ -22,6 +23,14 @@ from tests.test_cuda_layer import EMULATED, past_the_end
 from tests.test_recurrence import lengths_like, names
 
 pytestmark = [needs_emulator, pytest.mark.usefixtures("no_tf32")]
+
+
+@pytest.fixture(autouse=True, params=["late", "early"])
+def _schedule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the emulator's side streams run what they are given."""
+    monkeypatch.setenv("RNNKERN_EMULATED_STREAMS", request.param)
+
+
 CASES = [(engine, dtype) for engine in ("cluster", "grid") for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 every_engine = pytest.mark.parametrize(("engine", "dtype"), CASES, ids=names)
 Outputs = tuple[Tensor, Tensor, Tensor | None]
@@ -185,7 +194,7 @@ def test_packed_rows(cell: str, engine: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("p", [0.4, 1.0])
 @pytest.mark.parametrize("chunks", [0, 3])
 def test_dropout(chunks: int, p: float) -> None:
-    """By the masks that torch draws; the same in forward and backward."""
+    """By one draw of torch's for all layers; the same in forward and backward."""
     stack = make_stack("gru", 5, 4, 6, 12, 3)
     kept: list[Tensor] = []
 
@@ -204,7 +213,7 @@ def test_dropout(chunks: int, p: float) -> None:
         return x, torch.cat(h_n), None
 
     torch.manual_seed(3)
-    kept.append(torch.native_dropout(torch.ones(2, 5, 4, 12), p, True)[1])
+    kept.append(torch.empty(2, 5, 4, 12, dtype=torch.bool).bernoulli_(1 - p))
     with in_chunks(chunks):
         found = stack.run(by_stack, EMULATED, None)
     expected, peer = (stack.run(by_layers, "eager", None, dtype) for dtype in (torch.float64, torch.float32))
@@ -304,6 +313,15 @@ def test_flops_are_those_of_the_layers() -> None:
             stack.run(how, EMULATED, None)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("shape", [(), (2, 5)])
+def test_a_state_of_other_dimensions(shape: tuple[int, ...]) -> None:
+    x, h0 = torch.zeros(3, 2, 4), torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=r"h0 must be \[L, B, H\]"):
+        torch.ops.rnnkern.cuda_stack_inference("gru", x, h0, None, [], None, None, None, 1.0, "", False, 0)
+    with pytest.raises(RuntimeError, match=r"takes h0 \[D, B, H\]"):
+        torch.ops.rnnkern.cuda_stack_plan("gru", x, h0, None, "", False, 0, False)
 
 
 def test_a_weight_that_does_not_fit() -> None:

@@ -184,8 +184,7 @@ def stack(
             _tell(cell, x, h0, plan)
     masks = None
     if dropout:
-        ones = x.new_ones(L - 1, *x.shape[:-1], H)
-        masks = torch.native_dropout(ones, dropout, True)[1]
+        masks = x.new_empty(L - 1, *x.shape[:-1], H, dtype=torch.bool).bernoulli_(1 - dropout)
     scale = 1 / (1 - dropout) if dropout < 1 else 0.0
     inputs = (cell, x, h0, c0, flat, lengths, resets, masks, scale)
     if training:
