@@ -135,6 +135,17 @@ def test_modules_run_on_it() -> None:
     assert {note.backend for note in told.layers} == {EMULATED}
 
 
+def test_the_longest_row_decides_the_engine() -> None:
+    gru, x = rnnkern.nn.GRU(5, 32, dtype=torch.bfloat16), torch.zeros(50, 2, 5, dtype=torch.bfloat16)
+    for lengths, persistent in (([50, 1], True), ([1, 1], False)):
+        with rnnkern.backend(EMULATED), torch.no_grad():
+            (note,) = rnnkern.explain(gru, x, lengths=torch.tensor(lengths)).layers
+        assert (note.engine == "stepwise") != persistent
+    lengths, rows = torch.tensor([40] + [0] * 39), torch.zeros(40, 5, dtype=torch.bfloat16)  # packed: one a row in mean
+    h0 = torch.zeros(1, 40, 32, dtype=torch.bfloat16)
+    assert torch.ops.rnnkern.cuda_plan("gru", rows, h0, lengths, "", False, False) != "stepwise"
+
+
 def test_explain_tells_the_engine() -> None:
     gru, x = rnnkern.nn.GRU(3, 40, dtype=torch.bfloat16), torch.zeros(2, 3, 3, dtype=torch.bfloat16)
     for engine in ENGINES:

@@ -76,7 +76,7 @@ def backward_plan(row: LayerCase) -> str:
     """The engine that the backward of the last layer takes by itself; `choice` tells that of the forward."""
     case, D = row.case, 2 if row.case.bidirectional else 1
     step = torch.empty(case.B, case.H * D if case.layers > 1 else case.I, dtype=case.dtype, device=DEVICE)
-    return cuda_plan(case.cell, step.expand(case.T, -1, -1), step.new_empty(D, case.B, case.H), backward=True)
+    return cuda_plan(case.cell, step.expand(case.T, -1, -1), step.new_empty(D, case.B, case.H), None, backward=True)
 
 
 def disagreements(row: LayerCase, functions: dict[str, Function]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 // whether the layers of a stack run one after another or as a wavefront.
 #pragma once
 
+#include <memory>
 #include <string>
 
 #include "cuda/launchers.h"
@@ -12,7 +13,7 @@ struct EngineChoice {
   bool persistent;  // else stepwise
   Engine engine;
   Product product;
-  PersistentPlan plan;
+  std::shared_ptr<const PersistentPlan> plan;  // null for stepwise
 
   std::string describe() const;
 };

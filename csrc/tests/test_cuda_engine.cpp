@@ -36,7 +36,7 @@ void check_engines() {
 }
 
 // Blocks that layers side by side take together.
-int blocks(const StackChoice& choice) { return int(choice.layers) * choice.engine.plan.shape.blocks; }
+int blocks(const StackChoice& choice) { return int(choice.layers) * choice.engine.plan->shape.blocks; }
 
 void check_stacks() {
   for (int64_t L : {2, 3, 5}) {
@@ -45,6 +45,8 @@ void check_stacks() {
       CHECK(stack.chunks > 1 && stack.chunks < 100, "L %d B %d: %d chunks", int(L), int(B), int(stack.chunks));
       CHECK(blocks(stack) <= 132, "L %d B %d: %d blocks", int(L), int(B), blocks(stack));
       const StackChoice longer = choose_stack(request("", 256, B, 4000), L, 0);
+      const double steps = 4000 * longer.engine.plan->step_clocks / double(longer.chunks);
+      CHECK(steps > 14e3 * double(L), "a chunk of %f clocks is over before the host has launched the next", steps);
       CHECK(longer.chunks > stack.chunks, "%d chunks of 4000 steps, %d of 1000", int(longer.chunks), int(stack.chunks));
     }
   }

@@ -15,7 +15,7 @@ using cuda::Forward;
 
 GpuLayer::GpuLayer(const std::string& cell, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
                    const std::vector<OptionalTensor>& weights, const OptionalTensor& lengths,
-                   const OptionalTensor& resets, const EngineOptions& options_)
+                   const OptionalTensor& resets, const EngineOptions& options_, const GpuLayer* same_rows)
     : args(cell, x, h0, c0, weights, lengths, resets),
       gpu(args.x),
       in(args.in),
@@ -30,31 +30,66 @@ GpuLayer::GpuLayer(const std::string& cell, const Tensor& x, const Tensor& h0, c
   sequence.N = args.rows;
   sequence.B = int(in.B);
   sequence.D = in.D;
-  if (in.lengths) {
-    longest = 0;
-    for (int64_t b = 0; b < in.B; ++b) {
-      longest = std::max(longest, in.lengths[b]);
-      padded = padded || (!in.packed_rows && in.lengths[b] < in.T);
-    }
-    device_lengths = gpu.empty({in.B}, ScalarType::Long);
-    int64_t* const on_device = static_cast<int64_t*>(gpu.data(*device_lengths));
-    cuda::place_lengths(in.lengths, in.B, on_device, gpu.stream());
-    sequence.lengths = on_device;
-    if (in.packed_rows) {
-      device_offsets = gpu.empty({in.T + 1}, ScalarType::Long);
-      int64_t* const offsets = static_cast<int64_t*>(gpu.data(*device_offsets));
-      cuda::place_offsets(on_device, in.B, in.T, offsets, gpu.stream());
-      sequence.offsets = offsets;
-    }
-  } else {
-    longest = in.T;
-  }
+  longest = in.T;
+  if (in.lengths && same_rows)
+    share_lengths(*same_rows);
+  else if (in.lengths)
+    bring_lengths();
   if (args.resets.has_value()) sequence.resets = static_cast<const uint8_t*>(gpu.data(*args.resets));
+}
+
+void GpuLayer::bring_lengths() {
+  longest = 0;
+  for (int64_t b = 0; b < in.B; ++b) {
+    longest = std::max(longest, in.lengths[b]);
+    padded = padded || (!in.packed_rows && in.lengths[b] < in.T);
+  }
+  device_lengths = gpu.empty({in.B}, ScalarType::Long);
+  int64_t* const on_device = static_cast<int64_t*>(gpu.data(*device_lengths));
+  cuda::place_lengths(in.lengths, in.B, on_device, gpu.stream());
+  sequence.lengths = on_device;
+  if (!in.packed_rows) return;
+  device_offsets = gpu.empty({in.T + 1}, ScalarType::Long);
+  int64_t* const offsets = static_cast<int64_t*>(gpu.data(*device_offsets));
+  cuda::place_offsets(on_device, in.B, in.T, offsets, gpu.stream());
+  sequence.offsets = offsets;
+}
+
+void GpuLayer::share_lengths(const GpuLayer& other) {
+  longest = other.longest;
+  padded = other.padded;
+  device_lengths = other.device_lengths;
+  device_offsets = other.device_offsets;
+  sequence.lengths = static_cast<const int64_t*>(gpu.data(device_lengths));
+  sequence.offsets = static_cast<const int64_t*>(gpu.data(device_offsets));
 }
 
 Tensor GpuLayer::stacked(int which) const {
   if (in.D == 1) return *weight(0, which);
   return call_torch("aten::cat", "", std::vector<Tensor>{*weight(0, which), *weight(1, which)}, int64_t(0));
+}
+
+cuda::EngineRequest request_of(const std::string& cell, const Tensor& x, const Tensor& h0,
+                               const OptionalTensor& lengths, const EngineOptions& options, bool backward) {
+  STD_TORCH_CHECK(h0.dim() == 3 && x.dim() >= 2, "rnnkern: to plan a layer takes h0 [D, B, H], and x of steps");
+  const int64_t B = h0.size(1);
+  int64_t T = x.dim() == 3 ? x.size(0) : 0;
+  if (lengths.has_value()) {
+    STD_TORCH_CHECK(lengths->numel() == B && lengths->scalar_type() == ScalarType::Long && lengths->is_cpu(),
+                    "rnnkern: to plan a layer takes lengths int64 [B] on the CPU");
+    const Tensor steps = make_contiguous(*lengths);
+    const int64_t* const length = static_cast<const int64_t*>(steps.const_data_ptr());
+    T = B > 0 ? *std::max_element(length, length + B) : 0;
+  }
+  return {find_cell(cell),
+          dtype_of(x),
+          options.engine,
+          backward ? cuda::Pass::backward : cuda::Pass::forward,
+          options.tf32,
+          h0.size(2),
+          B,
+          int(h0.size(0)),
+          T};
 }
 
 namespace {
@@ -135,7 +170,7 @@ void run_forward(GpuLayer& layer, const LayerResults& out) {
   const cuda::EngineChoice choice = cuda::choose_engine(layer.request(cuda::Pass::forward));
   if (choice.persistent) {
     Tensor workspace = layer.workspace(choice);
-    layer.launchers.persistent.forward(choice.plan, choice.engine, choice.product, forward, gpu.data(workspace),
+    layer.launchers.persistent.forward(*choice.plan, choice.engine, choice.product, forward, gpu.data(workspace),
                                        gpu.stream());
   } else {
     run_stepwise(layer, forward);
@@ -193,7 +228,7 @@ GateGradients run_backward(GpuLayer& layer, const OutputGradients& gradients, co
   const cuda::EngineChoice choice = cuda::choose_engine(layer.request(cuda::Pass::backward));
   if (choice.persistent) {
     Tensor workspace = layer.workspace(choice);
-    layer.launchers.persistent.backward(choice.plan, choice.engine, choice.product, backward, gpu.data(workspace),
+    layer.launchers.persistent.backward(*choice.plan, choice.engine, choice.product, backward, gpu.data(workspace),
                                         gpu.stream());
   } else {
     run_stepwise(layer, backward);
@@ -300,13 +335,10 @@ Gradients cuda_layer_backward(std::string cell, OptionalTensor dy, OptionalTenso
   return {dx, dh0, dc0, dw[0], dw[1], dw[2], dw[3], dw[4], dw[5], dw[6], dw[7]};
 }
 
-std::string cuda_plan(std::string cell, Tensor x, Tensor h0, std::string engine, bool tf32, bool backward) {
+std::string cuda_plan(std::string cell, Tensor x, Tensor h0, OptionalTensor lengths, std::string engine, bool tf32,
+                      bool backward) {
   const Gpu gpu(x);
-  const int64_t B = h0.size(1), T = x.dim() == 3 ? x.size(0) : (x.size(0) + B - 1) / std::max<int64_t>(B, 1);
-  return cuda::choose_engine({find_cell(cell), dtype_of(x), engine,
-                              backward ? cuda::Pass::backward : cuda::Pass::forward, tf32, h0.size(2), B,
-                              int(h0.size(0)), T})
-      .describe();
+  return cuda::choose_engine(request_of(cell, x, h0, lengths, {engine, tf32}, backward)).describe();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkern, RNNKERN_GPU_KEY, m) {

@@ -17,14 +17,14 @@ struct EngineOptions {
 struct GpuLayer {
   GpuLayer(const std::string& cell, const Tensor& x, const Tensor& h0, const OptionalTensor& c0,
            const std::vector<OptionalTensor>& weights, const OptionalTensor& lengths, const OptionalTensor& resets,
-           const EngineOptions& options);
+           const EngineOptions& options, const GpuLayer* same_rows = nullptr);  // a layer of the same lengths
   GpuLayer(const GpuLayer&) = delete;
 
   cuda::EngineRequest request(cuda::Pass pass) const {
     return {args.cell, in.dtype, options.engine, pass, options.tf32, in.H, in.B, in.D, longest};
   }
   Tensor workspace(const cuda::EngineChoice& choice) {
-    return gpu.empty({int64_t(choice.plan.workspace_bytes)}, ScalarType::Byte);
+    return gpu.empty({int64_t(choice.plan->workspace_bytes)}, ScalarType::Byte);
   }
 
   const OptionalTensor& weight(int direction, int which) const { return args.weights[size_t(4 * direction + which)]; }
@@ -55,7 +55,15 @@ struct GpuLayer {
   cuda::Sequence sequence{};
   int64_t longest = 0;
   bool padded = false;  // a row ends before the last step
+
+ private:
+  void bring_lengths();
+  void share_lengths(const GpuLayer& other);
 };
+
+// What a layer of these would ask for, without one. `lengths`: [B] on the CPU; a layer of packed rows has them.
+cuda::EngineRequest request_of(const std::string& cell, const Tensor& x, const Tensor& h0,
+                               const OptionalTensor& lengths, const EngineOptions& options, bool backward);
 
 // What forward gives; a tensor without elements is not wanted, or not there.
 struct LayerResults {

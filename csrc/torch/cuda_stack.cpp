@@ -54,8 +54,9 @@ struct Stack {
         options(options_),
         chunks(chunks_),
         gpu(x_) {
+    STD_TORCH_CHECK(h0.dim() == 3 && layers() > 0, "rnnkern::cuda_stack: h0 must be [L, B, H]");
+    STD_TORCH_CHECK(x.dim() == 2 || x.dim() == 3, "rnnkern::cuda_stack: x must be [T, B, I] or [N, I]");
     const int64_t L = layers();
-    STD_TORCH_CHECK(h0.dim() == 3 && L > 0, "rnnkern::cuda_stack: h0 must be [L, B, H]");
     STD_TORCH_CHECK(int64_t(weights.size()) == 2 * L || int64_t(weights.size()) == 4 * L,
                     "rnnkern::cuda_stack: weights must be 2 or 4 for each layer");
     STD_TORCH_CHECK(!c0.has_value() || c0->numel() == h0.numel(), "rnnkern::cuda_stack: c0 does not fit h0");
@@ -72,11 +73,12 @@ struct Stack {
                         : std::vector<int64_t>{x.size(0), x.size(1), h0.size(2)};
   }
 
-  std::unique_ptr<GpuLayer> layer(int64_t l, const Tensor& input) const {
+  // `first`: the layer 0, once there is one; lengths are brought to the GPU for it.
+  std::unique_ptr<GpuLayer> layer(int64_t l, const Tensor& input, const GpuLayer* first) const {
     const size_t each = weights.size() / size_t(layers());
     std::vector<OptionalTensor> own(8);
     for (size_t i = 0; i < each; ++i) own[i] = weights[size_t(l) * each + i];
-    return std::make_unique<GpuLayer>(cell, input, part(h0, l), part(c0, l), own, lengths, resets, options);
+    return std::make_unique<GpuLayer>(cell, input, part(h0, l), part(c0, l), own, lengths, resets, options, first);
   }
 
   // Layer l's of [L, ...], with a first size of 1.
@@ -150,7 +152,7 @@ void for_each_diagonal(int64_t layers, int64_t chunks, const std::function<void(
 void forward_wavefront(const Stack& stack, Layers& layers, const cuda::StackChoice& choice,
                        const std::vector<LayerResults>& out) {
   const int L = int(stack.layers());
-  for (int l = 1; l < L; ++l) layers.push_back(stack.layer(l, out[size_t(l - 1)].y));
+  for (int l = 1; l < L; ++l) layers.push_back(stack.layer(l, out[size_t(l - 1)].y, layers[0].get()));
   const Chunks chunks(*layers[0], choice.chunks);
   std::vector<Forward<void, void>> whole;
   std::vector<Tensor> gx, workspaces, transposed;  // gx of one chunk: the next is made when this one has run
@@ -175,7 +177,7 @@ void forward_wavefront(const Stack& stack, Layers& layers, const cuda::StackChoi
     void* const workspace = layer.gpu.data(workspaces[size_t(l)]);
     side.run(int(l), [&layer, &choice, forward, workspace](void* stream) {
       const cuda::EngineChoice& e = choice.engine;
-      layer.launchers.persistent.forward(e.plan, e.engine, e.product, forward, workspace, stream);
+      layer.launchers.persistent.forward(*e.plan, e.engine, e.product, forward, workspace, stream);
     });
   });
   side.join();
@@ -190,7 +192,7 @@ void run_stack(const Stack& stack, const std::vector<LayerResults>& out, Layers 
   }
   run_forward(*layers[0], out[0]);
   for (int64_t l = 1; l < stack.layers(); ++l)
-    run_forward(*stack.layer(l, stack.dropped(out[size_t(l - 1)].y, l - 1, 0)), out[size_t(l)]);
+    run_forward(*stack.layer(l, stack.dropped(out[size_t(l - 1)].y, l - 1, 0), layers[0].get()), out[size_t(l)]);
 }
 
 struct StackResults {
@@ -213,7 +215,7 @@ Tensor saved_of(const Tensor& saved, int64_t l) { return torch::stable::view(Sta
 StackResults run_forward(Stack& stack, bool save) {
   const int64_t L = stack.layers();
   Layers layers;
-  layers.push_back(stack.layer(0, stack.x));
+  layers.push_back(stack.layer(0, stack.x, nullptr));
   const GpuLayer& first = *layers[0];
   const Dtype dtype = first.in.dtype, compute = compute_dtype(dtype);
   const std::vector<int64_t> none = {0}, states = {L, first.in.B, first.in.H};
@@ -249,7 +251,7 @@ struct StackGradients {
 
 void backward_wavefront(const Stack& stack, Layers& layers, const cuda::StackChoice& choice, StackGradients& g) {
   const int64_t L = stack.layers(), C = choice.chunks;
-  for (int64_t l = 1; l < L; ++l) layers.push_back(stack.layer(l, g.y[size_t(l - 1)]));
+  for (int64_t l = 1; l < L; ++l) layers.push_back(stack.layer(l, g.y[size_t(l - 1)], layers[0].get()));
   const Chunks chunks(*layers[0], C);
   std::vector<GateGradients> gates;
   std::vector<Backward<void, void>> whole;
@@ -278,7 +280,7 @@ void backward_wavefront(const Stack& stack, Layers& layers, const cuda::StackCho
     void* const workspace = layer.gpu.data(workspaces[size_t(l)]);
     side.run(int(l), [&layer, &choice, backward, workspace](void* stream) {
       const cuda::EngineChoice& e = choice.engine;
-      layer.launchers.persistent.backward(e.plan, e.engine, e.product, backward, workspace, stream);
+      layer.launchers.persistent.backward(*e.plan, e.engine, e.product, backward, workspace, stream);
     });
   });
   side.join();
@@ -295,7 +297,7 @@ void backward_in_turn(const Stack& stack, std::unique_ptr<GpuLayer> first, Stack
   for (int64_t at = L - 1; at >= 0; --at) {
     const size_t l = size_t(at);
     const std::unique_ptr<GpuLayer> layer =
-        at > 0 ? stack.layer(at, stack.dropped(g.y[l - 1], at - 1, 0)) : std::move(first);
+        at > 0 ? stack.layer(at, stack.dropped(g.y[l - 1], at - 1, 0), first.get()) : std::move(first);
     const GateGradients gates = run_backward(*layer, g.out[l], g.y[l], g.saved[l], g.clip, g.dh0[l], g.dc0[l]);
     const Tensor dx = input_gradient(*layer, gates, at > 0 || g.need_dx);
     g.add_weights(*layer, layer->input, gates, stack.weights.size() / size_t(L), at);
@@ -333,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cuda_stack_backward(
   Stack stack(cell, x, h0, c0, weights, lengths, resets, masks, scale, {engine, tf32}, chunks);
   const int64_t L = stack.layers();
   Layers layers;
-  layers.push_back(stack.layer(0, x));
+  layers.push_back(stack.layer(0, x, nullptr));
   const GpuLayer& first = *layers[0];
   const Dtype dtype = first.in.dtype, compute = compute_dtype(dtype);
   const auto fits = [](const OptionalTensor& tensor, int64_t count, Dtype expected) {
@@ -376,17 +378,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> cuda_stack_backward(
 std::string cuda_stack_plan(std::string cell, Tensor x, Tensor h0, OptionalTensor lengths, std::string engine,
                             bool tf32, int64_t chunks, bool backward) {
   const Gpu gpu(x);
-  const int64_t B = h0.size(1);
-  int64_t T = x.dim() == 3 ? x.size(0) : 0;
-  if (lengths.has_value()) {
-    const Tensor steps = make_contiguous(*lengths);
-    const int64_t* const length = static_cast<const int64_t*>(steps.const_data_ptr());
-    T = B > 0 ? *std::max_element(length, length + B) : 0;
-  }
-  return cuda::choose_stack({find_cell(cell), dtype_of(x), engine,
-                             backward ? cuda::Pass::backward : cuda::Pass::forward, tf32, h0.size(2), B, 1, T},
-                            h0.size(0), chunks)
-      .describe();
+  cuda::EngineRequest request = request_of(cell, x, h0, lengths, {engine, tf32}, backward);
+  request.D = 1;
+  return cuda::choose_stack(request, h0.size(0), chunks).describe();
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rnnkern, RNNKERN_GPU_KEY, m) {

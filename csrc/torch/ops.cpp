@@ -182,7 +182,7 @@ STABLE_TORCH_LIBRARY(rnnkern, m) {
   m.def("cuda_stack_plan(str cell, Tensor x, Tensor h0, Tensor? lengths, " RNNKERN_ENGINE_SCHEMA
         ", int chunks, bool backward) -> str");
   // What the engine does that would run a layer forward or backward.
-  m.def("cuda_plan(str cell, Tensor x, Tensor h0, " RNNKERN_ENGINE_SCHEMA ", bool backward) -> str");
+  m.def("cuda_plan(str cell, Tensor x, Tensor h0, Tensor? lengths, " RNNKERN_ENGINE_SCHEMA ", bool backward) -> str");
   // Lengths on the CPU to the device of key [B, Tk, D], with a launch: see cuda_attention.cpp.
   m.def("cuda_lengths(Tensor lengths, Tensor key) -> Tensor");
   // See cuda_step.cpp.

@@ -223,14 +223,20 @@ def float32_products(engine: str, rnn: str, matmul: str) -> str:
     return f"recurrence in cluster and grid: {recurrence}, other products: {torchs}"
 
 
-def cuda_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool) -> str:
+def cuda_plan(
+    cell: str,
+    x: torch.Tensor,
+    h0: torch.Tensor,  # [D, B, H]
+    lengths: torch.Tensor | None,  # int64 [B] on the CPU; not None for packed rows
+    backward: bool,
+) -> str:
     """The CUDA engine that runs a pass, and what it takes of the GPU.
 
     Raises:
         BackendUnavailable: the engine that this thread forces cannot run it.
     """
     with _refused(cell):
-        plan: str = torch.ops.rnnkern.cuda_plan(cell, x, h0, forced_engine(), tf32_allowed(), backward)
+        plan: str = torch.ops.rnnkern.cuda_plan(cell, x, h0, lengths, forced_engine(), tf32_allowed(), backward)
     return plan
 
 
@@ -294,10 +300,17 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool, fused: bool = False) -> str:
+def select(
+    cell: str,
+    x: torch.Tensor,
+    h0: torch.Tensor,
+    projection: bool,
+    fused: bool = False,
+    lengths: torch.Tensor | None = None,
+) -> str:
     """The backend of a call on x [T, B, I] and h0 [D, B, H]: what `choose` says under this thread's override.
 
-    `fused` tells `explain` of a step that is one launch of its own.
+    For `explain`: `fused` tells of a step that is one launch of its own, `lengths` decide which engine runs.
 
     Of a PackedSequence's data [N, I] the number of steps is not known here: T is its mean, at least 1.
     """
@@ -325,7 +338,7 @@ def select(cell: str, x: torch.Tensor, h0: torch.Tensor, projection: bool, fused
         if explaining():
             engine = ""
             if choice.backend in ("cuda", EMULATED):
-                plan = functools.partial(cuda_plan, cell, x, h0)
+                plan = functools.partial(cuda_plan, cell, x, h0, lengths)
                 engine = "one launch" if fused else both_passes(plan, dtype, choice.backend)
             elif choice.backend == "triton":
                 engine = triton_plan(cell, x, h0)

@@ -88,7 +88,7 @@ def layer(
     how = _dispatch.forced_engine(), _dispatch.tf32_allowed()
     if how[0] and not torch.compiler.is_compiling():
         for backward in (False, True) if training else (False,):
-            _dispatch.cuda_plan(cell, x, h0, backward)
+            _dispatch.cuda_plan(cell, x, h0, lengths, backward)
     if training:
         y, h_n, c_n, c_all, _ = torch.ops.rnnkern.cuda_layer.default(*inputs, grad_clip, *how)
         return y, h_n, c_n, c_all

@@ -168,7 +168,7 @@ def recurrence(
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
     exporting = onnx.exporting()
-    chosen = "onnx" if exporting else select(cell, x, h0, projection[0] is not None)
+    chosen = "onnx" if exporting else select(cell, x, h0, projection[0] is not None, lengths=lengths)
     if chosen in ("onnx", "eager"):
         if packs is not None:
             packs.forget()  # this call may be one with gradients
