@@ -16,6 +16,7 @@ from rnnkern.ops.step import attention_step, step
 from tests.attention_problem import Problem, make_problem
 from tests.helpers import Layer, make_layer
 from tests.seq2seq_models import make_model
+from tests.test_cuda_stack import in_chunks
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,34 @@ def decoding_work(place: Place, cell: str, attention: str) -> Work:
     return Work(run, [tokens, h] + ([c] if cell == "lstm" else []))
 
 
+def stack_work(place: Place, training: bool) -> Work:
+    """Two layers of one direction, of so many steps that the planner makes them a wavefront.
+
+    Before Hopper it does so only by request, as it does of the few steps that the emulator has time for.
+    """
+    steps, gpu = 1000, place.device != "cpu"
+    module = rnnkern.nn.LSTM(6, 64, num_layers=2, device=place.device)
+    x = torch.randn(steps if gpu else 6, 2, 6, device=place.device)
+    by_itself = not gpu or torch.cuda.get_device_capability() >= (9, 0)
+    for backward in (False, True) if by_itself else ():
+        sizes = x.new_empty(steps, 2, 6), x.new_empty(2, 2, 64)
+        plan = torch.ops.rnnkern.cuda_stack_plan("lstm", *sizes, None, "", False, 0, backward)
+        assert "wavefront" in plan, plan
+    chunks = 0 if gpu and by_itself else 2
+
+    def run() -> dict[str, Tensor]:
+        with torch.set_grad_enabled(training), rnnkern.backend(place.backend), in_chunks(chunks):
+            y, (h_n, c_n) = module(x)
+            found = {"y": y.detach(), "h_n": h_n.detach(), "c_n": c_n.detach()}
+            if training:
+                parameters = dict(module.named_parameters())
+                gradients = torch.autograd.grad(y.square().mean() + h_n.sum(), list(parameters.values()))
+                found |= dict(zip(parameters, gradients, strict=True))
+        return found
+
+    return Work(run, [x])
+
+
 def clipped_work(place: Place) -> Work:
     """Training with gradients limited in norm for each sequence, whose ends are told by lengths on the CPU."""
     module = rnnkern.nn.GRU(6, 20, grad_clip_norm=0.5, device=place.device)
@@ -187,6 +216,8 @@ WORKS: dict[str, Callable[[Place], Work]] = {
     "decoding, rnn, none": partial(decoding_work, cell="rnn_tanh", attention="none"),
     "packed": partial(packed_work, training=False),
     "packed, training": partial(packed_work, training=True),
+    "stack": partial(stack_work, training=False),
+    "stack, training": partial(stack_work, training=True),
     "clipped, training": clipped_work,
 }
 for score in ("scaled_dot", "general", "additive"):
