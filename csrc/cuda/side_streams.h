@@ -98,19 +98,19 @@ class SideStreams {
 
   // Of the caller's stream's priority.
   static Side create(Stream main) {
-    int priority = 0;
-    check(cudaStreamGetPriority(main, &priority), "the priority of a stream");
     // The caller's stream may be captured, of which a new stream is no part.
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     check(cudaThreadExchangeStreamCaptureMode(&mode), "the mode of stream capture");
     Side side{};
-    const cudaError_t stream = cudaStreamCreateWithPriority(&side.stream, cudaStreamNonBlocking, priority);
-    const cudaError_t event = cudaEventCreateWithFlags(&side.event, cudaEventDisableTiming);
-    if (stream == cudaSuccess && event != cudaSuccess) cudaStreamDestroy(side.stream);
-    if (stream != cudaSuccess && event == cudaSuccess) cudaEventDestroy(side.event);
+    int priority = 0;
+    cudaError_t error = cudaStreamGetPriority(main, &priority);
+    if (error == cudaSuccess) error = cudaStreamCreateWithPriority(&side.stream, cudaStreamNonBlocking, priority);
+    if (error == cudaSuccess) {
+      error = cudaEventCreateWithFlags(&side.event, cudaEventDisableTiming);
+      if (error != cudaSuccess) cudaStreamDestroy(side.stream);
+    }
     check(cudaThreadExchangeStreamCaptureMode(&mode), "the mode of stream capture");
-    check(stream, "cannot create a stream");
-    check(event, "cannot create an event");
+    check(error, "cannot create a stream and its event");
     return side;
   }
   static std::mutex& mutex() {
