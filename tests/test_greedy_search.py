@@ -235,3 +235,14 @@ def test_looking_seldom_finds_the_same(steps: int, monkeypatch: pytest.MonkeyPat
     assert len(set(found[0].lengths.tolist())) > 1
     for before, after in zip(found[0], found[1], strict=True):
         torch.testing.assert_close(after, before)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_under_autocast(cell: str) -> None:
+    """Those of a GRU come in another dtype than what its encoder gives."""
+    source, _, lengths = make_batch()
+    model = make_model(cell, dtype=torch.float32).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = greedy_search(model, source, lengths, start=START, end=END, max_length=4, need_weights=True)
+    assert result.weights is not None
+    torch.testing.assert_close(result.weights[0, 0].float().sum(), torch.tensor(1.0), rtol=0, atol=0.02)

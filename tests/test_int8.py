@@ -19,6 +19,7 @@ from tests.helpers import (
     error,
     instruction_set,
     make_layer,
+    needs_emulator,
     needs_kernels,
     threads,
 )
@@ -319,6 +320,19 @@ def test_gradients_are_refused(wanted: str, backend: str) -> None:
     layer.infer(backend)
     with pytest.raises(RuntimeError, match="int8 weights have no gradient"), rnnkern.backend(backend):
         recurrence_int8("lstm", layer.x, layer.h0, layer.c0, layer.weights)
+
+
+@needs_emulator
+def test_kernels_are_those_of_the_cpu() -> None:
+    module, x = rnnkern.quantize_dynamic(rnnkern.nn.GRU(3, 4)), torch.zeros(2, 1, 3)
+    with torch.no_grad():
+        (note,) = rnnkern.explain(module, x).layers
+        assert (note.backend, note.dtype) == ("cpu", "torch.int8")
+        with (
+            rnnkern.backend("cuda-emulated"),
+            pytest.raises(rnnkern.BackendUnavailable, match="int8 is not supported by cuda-emulated kernels"),
+        ):
+            module(x)
 
 
 BAD = {

@@ -376,3 +376,30 @@ def test_nan_in_a_weight_reaches_the_loss() -> None:
     with torch.no_grad():
         model.encoder.embedding.weight[int(source[0, 1]), 0] = float("nan")
     assert model.loss(source, target, lengths).isnan()
+
+
+def test_the_loss_calls_a_forward_of_its_own() -> None:
+    model = make_model()
+    source, target, lengths = make_batch()
+    linear = model.decoder.output.forward
+    model.decoder.output.forward = lambda x: 2 * linear(x)  # type: ignore[method-assign]
+    logits = model(source, target, lengths).flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, target[1:].flatten(), ignore_index=PADDING)
+    torch.testing.assert_close(model.loss(source, target, lengths), expected)
+
+
+def test_expected_symbols_and_rows_that_do_not_fit_are_refused() -> None:
+    model = make_model()
+    source, target, lengths = make_batch()
+    outputs, state = model.encoder(source, lengths)
+    memory = model.decoder.prepare(outputs, lengths)
+    symbols = target[:-1]
+    with pytest.raises(RuntimeError, match="expected: expected int64 or int32, got"):
+        model.decoder.loss(symbols, target[1:].float(), state, memory)
+    with pytest.raises(RuntimeError, match="expected: expected the shape"):
+        model.decoder.loss(symbols, target, state, memory)
+    with pytest.raises(TypeError, match=r"memory: expected what Decoder\.prepare returns"):
+        model.decoder.select_rows(outputs, torch.tensor([0]))  # type: ignore[arg-type]
+    for rows in (torch.tensor(0), torch.tensor([True]), torch.tensor([0.0])):
+        with pytest.raises(RuntimeError, match="rows: expected integers of one dimension"):
+            model.decoder.select_rows(memory, rows)

@@ -55,7 +55,7 @@ def refusal(
         return f"the tensors are on {device}, not on the {own}"
     if projection:
         return f"proj_size is not supported by {backend} kernels"
-    if dtype not in KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES and not (dtype == torch.int8 and backend == "cpu"):
         return f"{dtype} is not supported by {backend} kernels"
     if transformed:
         return f"{TRANSFORMED} by {backend} kernels"
@@ -88,7 +88,7 @@ def choose(
     Args:
         cell: name of a cell, as `rnnkern.cells.find_cell` takes it.
         device: device type of the tensors, as in `torch.device.type`.
-        dtype: dtype of the input.
+        dtype: dtype of the input, or torch.int8 for weights that are.
         T: time steps.
         B: batch size.
         H: hidden size.
@@ -307,8 +307,11 @@ def select(
     projection: bool,
     fused: bool = False,
     lengths: torch.Tensor | None = None,
+    int8: bool = False,
 ) -> str:
     """The backend of a call on x [T, B, I] and h0 [D, B, H]: what `choose` says under this thread's override.
+
+    `int8`: the weights are; kernels differ.
 
     For `explain`: `fused` tells of a step that is one launch of its own, `lengths` decide which engine runs.
 
@@ -317,7 +320,7 @@ def select(
     D, B, H = h0.shape
     I = x.shape[-1]
     T = x.shape[0] if x.dim() == 3 else -(-x.shape[0] // max(B, 1))
-    device, dtype = x.device, x.dtype
+    device, dtype = x.device, torch.int8 if int8 else x.dtype
     compiling = torch.compiler.is_compiling()
     changed = not compiling and transformed()
     if _overrides == 0 and not compiling and not changed:

@@ -108,7 +108,7 @@ def recurrence_int8(
             "Call them under torch.no_grad() or torch.inference_mode(), or train the float module"
         )
     exporting = onnx.exporting()  # ONNX has no such operator: weights are multiplied out
-    if exporting or select(cell, x, h0, False, lengths=lengths) == "eager":
+    if exporting or select(cell, x, h0, False, lengths=lengths, int8=True) == "eager":
         check_weights(x, weights, cell, h0, h0, matrices=torch.int8)
         run = partial(onnx.layer, cell) if exporting else partial(reference.layer, CELLS[cell])
         return run(x, h0, c0, dequantized(weights), lengths=lengths, resets=resets, return_states=return_states)

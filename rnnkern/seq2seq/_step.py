@@ -106,10 +106,14 @@ def modules_state(state: Any) -> Any:
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether a call of one of these modules would run hooks, its own or those of every module."""
+    """Whether a call of one of these modules would run more than its class: hooks, or a `forward` put on the module."""
     everywhere: Any = torch.nn.modules.module  # of hooks of every module; that is not typed
     return bool(everywhere._has_any_global_hook()) or any(
-        module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in vars(module)
         for module in modules
     )
 

@@ -165,6 +165,10 @@ class Decoder(nn.Module):
             memory: what ``prepare`` made of the source.
             rows: integers, in any order, on the device of the memory.  # [B']
         """
+        self._check_memory(memory, False)
+        check_tensor("rows", rows)
+        if rows.dim() != 1 or rows.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(f"rows: expected integers of one dimension, got {rows.dtype} {list(rows.shape)}")
         values, projected, lengths, _ = memory
         return self._memory(
             values.index_select(0, rows),
@@ -215,6 +219,11 @@ class Decoder(nn.Module):
             state: state before the first step.  # [L, B, H] each
             memory: what ``prepare`` made of the source.
         """
+        check_tokens(expected, "expected")
+        if expected.shape != tokens.shape:
+            raise RuntimeError(
+                f"expected: expected the shape {list(tokens.shape)} of tokens, got {list(expected.shape)}"
+            )
         expected = expected.long()
         if type(self.output) is not nn.Linear or hooked(self, self.output):
             # What has taken the layer's place, or watches it or the decoder, is to be called.

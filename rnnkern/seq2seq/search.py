@@ -109,6 +109,7 @@ def greedy_search(
         tokens[rows, position] = previous.masked_fill(~writing, model.decoder.padding_index)
         found[rows] += writing
         if weights is not None and step_weights is not None:
+            weights = weights.to(step_weights.dtype)  # under autocast another than the memory's
             weights[rows, position] = step_weights.masked_fill(~writing[:, None], 0)
         if (position + 1) % _steps_between_looks(device) == 0 and 2 * int(writing.sum()) <= rows.numel():
             keep = writing.nonzero().squeeze(1)
