@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
+from rnnkern._checks import autocast_dtype
 from rnnkern.cells import find_cell
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
 from rnnkern.nn._checks import check_call, check_present, kind_of, states_of, time_major_resets
 from rnnkern.nn._graphs import Leaf

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from rnnkern.functional import attend_checked, check_matrix, check_tensor, zero_padding
+from rnnkern._checks import check_tensor
+from rnnkern.functional import attend_checked, check_matrix, zero_padding
 from rnnkern.nn._graphs import Leaf
 
 Output = tuple[Tensor, Tensor | None]

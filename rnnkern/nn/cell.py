@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.fx import Proxy
 
+from rnnkern._checks import autocast_dtype
 from rnnkern.cells import find_cell
 from rnnkern.cells.gru_reset_before import GRU_RESET_BEFORE
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.functional import autocast_dtype
 from rnnkern.nn._autocast import cast_weights, result_dtype
 from rnnkern.nn._graphs import Leaf
 from rnnkern.nn._packing import Packing

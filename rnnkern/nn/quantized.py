@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from rnnkern._checks import autocasts
 from rnnkern.cells import CELLS
-from rnnkern.functional import autocasts
 from rnnkern.nn._checks import check_present
 from rnnkern.nn._options import OF_BACKWARD
 from rnnkern.nn._public import public

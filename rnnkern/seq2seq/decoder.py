@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from rnnkern import nn as rnn
-from rnnkern.functional import check_tensor, linear_cross_entropy
+from rnnkern._checks import check_tensor
+from rnnkern.functional import linear_cross_entropy
 from rnnkern.ops import cuda
 from rnnkern.ops.attention import place_lengths
 from rnnkern.seq2seq._step import fused_step, hooked, modules_state

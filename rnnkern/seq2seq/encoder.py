@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rnnkern import nn as rnn
-from rnnkern.functional import check_tensor
+from rnnkern._checks import check_tensor
 
 # h [L, B, H], or (h, c) for a cell with two states.
 State = Tensor | tuple[Tensor, Tensor]
