@@ -1,4 +1,7 @@
-"""Builds the native code with CMake and Ninja; CMakeLists.txt says what there is to build."""
+"""Builds the native code with CMake and Ninja; CMakeLists.txt says what there is to build.
+
+RNNKERN_EXTENSION=0 builds none: the wheel is Python alone, for every platform, and its GPU kernels are those in Triton.
+"""
 
 import os
 import shlex
@@ -12,6 +15,9 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+WANTED = os.environ.get("RNNKERN_EXTENSION", "1")
+if WANTED not in ("0", "1"):
+    raise SystemExit(f"RNNKERN_EXTENSION must be 0 or 1, got {WANTED!r}")
 
 
 def find_tool(name: str) -> str:
@@ -41,6 +47,8 @@ class FreshBuild(build):
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)  # else a file deleted from the tree lives on in the wheel
         super().run()
+        if WANTED == "0":  # so that nobody is told to build what was left out on purpose
+            Path(self.build_lib, "rnnkern", "without_extension").touch()
 
 
 class CMakeBuild(build_ext):
@@ -69,4 +77,7 @@ class CMakeBuild(build_ext):
             self.copy_file(str(library), str(package / library.name))
 
 
-setup(ext_modules=[Extension("rnnkern._C", sources=[])], cmdclass={"build": FreshBuild, "build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("rnnkern._C", sources=[])] if WANTED == "1" else [],
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
+)

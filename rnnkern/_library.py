@@ -17,6 +17,7 @@ from rnnkern import triton
 
 _PATH = Path(__file__).with_name("librnnkern.so")
 _EMULATED_PATH = Path(__file__).with_name("librnnkern_emulated.so")
+_LEFT_OUT = Path(__file__).with_name("without_extension")  # setup.py puts it into wheels of Python alone
 # What these sources call. A library that was built of older ones lacks some.
 OPERATORS = (
     *("layer", "layer_inference", "layer_backward", "layer_int8", "pack", "pack_int8"),
@@ -40,6 +41,8 @@ def _lacking(extension: ModuleType) -> str:
 
 def _load() -> tuple[ModuleType | None, str]:
     """Returns _C and why it is missing ("" if it is not)."""
+    if _LEFT_OUT.exists():
+        return None, "rnnkern was installed without compiled kernels (RNNKERN_EXTENSION=0)"
     if not _PATH.exists():
         return None, f"{_PATH.name} is not built (run `make build` or `pip install .`)"
     try:

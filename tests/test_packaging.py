@@ -10,21 +10,36 @@ from pathlib import Path
 
 import pytest
 
+from rnnkern import triton as kernels
+
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not run from a source tree")
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_wheel(folder: Path, **environment: str) -> Path:
     """Built from the tree without network; what CMake built before is used again."""
-    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-index"]
     command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert run.returncode == 0, run.stderr[-3000:]
     (found,) = folder.glob("rnnkern-*.whl")
     return found
+
+
+def run_unpacked(wheel: Path, folder: Path, code: str, **environment: str) -> str:
+    """Unpacks the wheel into the folder, runs the program there on it, and returns what it printed."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    variables = {**os.environ, "PYTHONPATH": path, **environment}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_wheel_holds_the_package_once(wheel: Path) -> None:
@@ -44,13 +59,48 @@ def test_wheel_holds_the_package_once(wheel: Path) -> None:
 
 
 def test_wheel_runs_from_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import rnnkern, torch; from rnnkern import _library; assert _library.available, _library.reason; "
     code += "print(rnnkern.__file__); rnnkern.nn.LSTM(3, 4)(torch.ones(2, 1, 3))"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(tmp_path / "rnnkern" / "__init__.py")
+    assert run_unpacked(wheel, tmp_path, code).strip() == str(tmp_path / "rnnkern" / "__init__.py")
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a compiler that is not there, and none of the tools."""
+    return build_wheel(tmp_path_factory.mktemp("pure"), RNNKERN_EXTENSION="0", CXX="no-such-compiler")
+
+
+def test_wheel_without_the_extension_is_python_alone(pure_wheel: Path, tmp_path: Path) -> None:
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(pure_wheel).namelist()
+    assert not [name for name in names if name.endswith((".so", ".cpp")) and "_bench" not in name]
+    code = """
+import warnings, torch, rnnkern
+from rnnkern import _library
+assert _library.missing["cpu"] == "rnnkern was installed without compiled kernels (RNNKERN_EXTENSION=0)"
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    (note,) = rnnkern.explain(rnnkern.nn.GRU(3, 4), torch.ones(2, 1, 3)).layers
+assert note.backend == "eager" and [str(w.message) for w in told if "RNNKERN_EXTENSION=0" in str(w.message)], told
+print(rnnkern.__file__)
+"""
+    assert run_unpacked(pure_wheel, tmp_path, code).strip() == str(tmp_path / "rnnkern" / "__init__.py")
+
+
+@pytest.mark.skipif(not kernels.available, reason=kernels.reason)
+def test_triton_runs_without_the_extension(pure_wheel: Path, tmp_path: Path) -> None:
+    code = """
+import torch, rnnkern
+layer, x = rnnkern.nn.LSTM(3, 4), torch.randn(3, 2, 3)
+with rnnkern.backend("eager"):
+    expected = layer(x)[0]
+with rnnkern.backend("triton"):
+    y = layer(x)[0]
+    y.sum().backward()
+torch.testing.assert_close(y, expected)
+assert all(parameter.grad is not None for parameter in layer.parameters())
+"""
+    run_unpacked(pure_wheel, tmp_path, code, TRITON_INTERPRET="1")
 
 
 def test_source_distribution_builds_the_rest(tmp_path: Path) -> None:
