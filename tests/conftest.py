@@ -10,6 +10,7 @@ import torch
 
 if not torch.cuda.is_available():  # before Triton is imported, by torch perhaps
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["RNNKERN_TRITON_TABLE"] = ""  # a user's own table changes what runs
 
 import rnnkern
 from rnnkern import _enable, _operators

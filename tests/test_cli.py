@@ -1,4 +1,4 @@
-"""The command line: `python -m rnnkern info` and `bench`."""
+"""The command line: `python -m rnnkern info`, `bench` and (more in test_triton_tune.py) `tune`."""
 
 import os
 import subprocess
@@ -64,6 +64,7 @@ def test_bench(cell: str, more: list[str], capsys: pytest.CaptureFixture[str]) -
     assert text.startswith(f"{cell} T=3 B=2 I={3 if '--I' in more else 4} H=4")
     assert ("forward and backward" in text) == ("--train" in more)
     assert "times as fast" in text
+    assert "\n  first call " in text
     assert "no-such-compiler is not found" in text
 
 
@@ -99,6 +100,9 @@ def test_bench_prints_the_floor(capsys: pytest.CaptureFixture[str]) -> None:
         (["bench", "lstm", "--seconds", "-1"], "argument --seconds: '-1' is not a positive number of seconds"),
         (["bench", "lstm", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["bench", "lstm", "--backend", "cuda"], "invalid choice: 'cuda'"),
+        (["tune", "--cell", "lstn"], "invalid choice: 'lstn'"),
+        (["tune", "--H", "0"], "argument --H: '0' is not a whole number of at least 1"),
+        (["tune", "--device", "nowhere"], "argument --device: "),
     ],
 )
 def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -267,8 +267,8 @@ def _refused(cell: str) -> Iterator[None]:
         raise BackendUnavailable(f"{cell}: {why}") from None
 
 
-def triton_plan(cell: str, x: torch.Tensor, h0: torch.Tensor) -> str:
-    """The engine of Triton that runs a layer, and how it cuts the layer.
+def triton_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool = False) -> str:
+    """The engine of Triton that runs a pass of a layer, and how it cuts the layer.
 
     Raises:
         BackendUnavailable: the engine that this thread forces cannot run it.
@@ -278,7 +278,7 @@ def triton_plan(cell: str, x: torch.Tensor, h0: torch.Tensor) -> str:
     D, B, H = h0.shape
     try:
         facts = config.facts_of(x.device)
-        return str(config.plan(cell, x.dtype, H, B, D, forced_engine(), tf32_allowed(), facts))
+        return str(config.plan(cell, x.dtype, H, B, D, forced_engine(), tf32_allowed(), facts, backward))
     except RuntimeError as error:
         raise BackendUnavailable(f"{cell}: {error}") from None
 
@@ -345,6 +345,8 @@ def select(
                 engine = "one launch" if fused else both_passes(plan, dtype, choice.backend)
             elif choice.backend == "triton":
                 engine = triton_plan(cell, x, h0)
+                if torch.is_grad_enabled():
+                    engine += f"; backward: {triton_plan(cell, x, h0, backward=True)}"
             note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why, engine)
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()

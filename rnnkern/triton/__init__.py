@@ -6,6 +6,7 @@
   resident.py    engine: one program runs all steps of a tile of rows, the weights stay in it
   grid.py        engine: the programs of a cooperative launch share the units, and show each other h after each step
   config.py      which engine, and how it cuts a layer; layer.py: the layer around the recurrence
+  tune.py        measures what config.py could choose; table.py: the user's own table, where the fastest stands
   launch.py      the one way to run a kernel; compile.py: all kernels ahead of time, and what they need
 
 Importing this package imports no Triton: that takes time, and most processes on a CPU never need it.
@@ -25,18 +26,18 @@ def interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _missing() -> str:
+def _look() -> tuple[str, str]:
     spec = importlib.util.find_spec("triton")
     if spec is None or spec.origin is None:
-        return "Triton is not installed"
-    version = re.search(r"""^__version__ = ['"]((\d+)\.(\d+)[^'"]*)""", Path(spec.origin).read_text(), re.MULTILINE)
-    if version is None or (int(version[2]), int(version[3])) < OLDEST:
-        found = "of an unknown version" if version is None else version[1]
-        return f"the kernels need Triton {'.'.join(map(str, OLDEST))} or later, this is {found}"
-    return ""
+        return "", "Triton is not installed"
+    found = re.search(r"""^__version__ = ['"]((\d+)\.(\d+)[^'"]*)""", Path(spec.origin).read_text(), re.MULTILINE)
+    version = "of an unknown version" if found is None else found[1]
+    if found is None or (int(found[2]), int(found[3])) < OLDEST:
+        return version, f"the kernels need Triton {'.'.join(map(str, OLDEST))} or later, this is {version}"
+    return version, ""
 
 
-reason = _missing()  # why Triton cannot be used here, "" if it can
+version, reason = _look()  # Triton's, and why it cannot be used here, "" if it can
 available = not reason
 
 

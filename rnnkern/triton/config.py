@@ -1,18 +1,21 @@
 """Which engine runs a layer, and how it cuts it: from a table by device and size, never by trying at the first call.
 
-The numbers come from what the compiler says of registers and shared memory (compile.py, resources.json) and from the
-napkin maths at the heads of the engines; none was measured on a GPU.
+A plan of the user's own table (table.py), which `python -m rnnkern tune` measures, goes before the rules here. Their
+numbers come from what the compiler says of registers and shared memory (compile.py, resources.json) and from the napkin
+maths at the heads of the engines; none was measured on a GPU.
 """
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from rnnkern.cells import CELLS
-from rnnkern.triton import interprets
+from rnnkern.triton import interprets, table
+from rnnkern.triton.table import Plan, Work
 
 # Bytes of shared memory that a program has besides weights, at most: sums and changes of layout.
 SCRATCH = 20480
@@ -26,27 +29,12 @@ class Facts(NamedTuple):
     kind: str  # "cuda", "hip", "xpu", or "interpreter"
     multiprocessors: int
     shared_bytes: int  # that one program may have
+    name: str = ""  # by which a table of plans is kept; "": none is
 
     @property
     def cooperative(self) -> bool:
         """Whether all programs of a launch can be made to run at once."""
         return self.kind in ("cuda", "hip")
-
-
-class Plan(NamedTuple):
-    """How an engine runs one pass of a layer."""
-
-    engine: str
-    rows: int  # of a program
-    units: int  # of a program; of resident all, padded to a power of two
-    warps: int
-    slices: int = 0  # grid: of a chunk of the sum, and their size
-    slice_size: int = 0
-    cooperative: bool = False  # grid: one launch for all steps
-
-    def __str__(self) -> str:
-        how = f"{self.engine}, {self.rows} rows x {self.units} units, {self.warps} warps"
-        return f"{how}, a launch per step" if self.engine == "grid" and not self.cooperative else how
 
 
 _pretended: Facts | None = None
@@ -66,13 +54,15 @@ def pretending(facts: Facts) -> Iterator[None]:
 @functools.cache
 def _facts(device: torch.device) -> Facts:
     if interprets():
-        return Facts("interpreter", 132, 232448)  # an H100's sizes, so that plans are what a GPU would have
+        return Facts("interpreter", 132, 232448, "interpreter")  # an H100's sizes: plans are what a GPU would have
     if device.type == "xpu":
-        return Facts("xpu", torch.xpu.get_device_properties(device).gpu_subslice_count, 65536)
+        gpu = torch.xpu.get_device_properties(device)
+        return Facts("xpu", gpu.gpu_subslice_count, 65536, gpu.name)
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Facts("hip", found.multi_processor_count, 65536)
-    return Facts("cuda", found.multi_processor_count, found.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        return Facts("hip", found.multi_processor_count, 65536, found.name)
+    shared: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Facts("cuda", found.multi_processor_count, shared, found.name)
 
 
 def facts_of(device: torch.device) -> Facts:
@@ -97,9 +87,9 @@ def divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _stepwise(H: int) -> Plan:
+def _stepwise(H: int, elements: int = 512) -> Plan:
     units = min(power_of_two(H), 128)
-    return Plan("stepwise", rows=max(512 // units, 1), units=units, warps=4)
+    return Plan("stepwise", rows=max(elements // units, 1), units=units, warps=4)
 
 
 def _no_room(engine: str, weights: int, scratch: int, facts: Facts) -> str:
@@ -108,34 +98,83 @@ def _no_room(engine: str, weights: int, scratch: int, facts: Facts) -> str:
     return f"a program has room for {room} bytes of W_hh, and needs {weights}" if weights > room else ""
 
 
-def _resident(gates: int, H: int, B: int, D: int, size: int, facts: Facts) -> Plan | str:
-    """The plan, or why there is none; `size`: bytes of a weight."""
-    units = max(power_of_two(H), 16)
-    why = _no_room("resident", gates * units * units * size, SCRATCH, facts)
+def _resident(work: Work, facts: Facts, rows: int = 0, warps: int = 0) -> Plan | str:
+    """The plan, or why there is none; 0: by rule."""
+    units = max(power_of_two(work.H), 16)
+    why = _no_room("resident", _gates(work) * units * units * _weight_bytes(work, facts), SCRATCH, facts)
     if why:
         return why
-    many = divide_up(B, 16) * D > 2 * facts.multiprocessors  # programs enough: then larger ones, which spare weights
-    warps = 4 if facts.kind == "hip" or units < 64 else 8
-    return Plan("resident", rows=32 if many and units <= 64 and warps == 8 else 16, units=units, warps=warps)
+    many = divide_up(work.B, 16) * work.D > 2 * facts.multiprocessors  # programs enough: larger ones spare weights
+    warps = warps or (4 if facts.kind == "hip" or units < 64 else 8)
+    return Plan("resident", rows=rows or (32 if many and units <= 64 and warps == 8 else 16), units=units, warps=warps)
 
 
-def _grid(gates: int, H: int, B: int, D: int, size: int, facts: Facts) -> Plan | str:
-    """The plan, or why there is none; `size`: bytes of a weight."""
-    warps, units, rows = 4 if facts.kind == "hip" else 8, 16, 16
+def _grid(work: Work, facts: Facts, rows: int = 16, units: int = 16, warps: int = 0) -> Plan | str:
+    """The plan, or why there is none; 0: by rule."""
+    H, size = work.H, _weight_bytes(work, facts)
+    warps = warps or (4 if facts.kind == "hip" else 8)
     slice_size = max(16, min(power_of_two(divide_up(H, warps)), 64))
     while slice_size > 16 and divide_up(H, warps * slice_size) * slice_size > divide_up(H, warps * 16) * 16:
         slice_size //= 2  # while that pads H less
-    weights = gates * units * divide_up(H, warps * slice_size) * warps * slice_size * size
+    weights = _gates(work) * units * divide_up(H, warps * slice_size) * warps * slice_size * size
     why = _no_room("grid", weights, SCRATCH if size < 8 else 2 * SCRATCH, facts)
     if why:
         return why
-    programs = divide_up(H, units) * divide_up(B, rows) * D
+    programs = divide_up(H, units) * divide_up(work.B, rows) * work.D
     if facts.cooperative and programs > facts.multiprocessors:
         return f"{programs} programs must run at once, the device has {facts.multiprocessors} multiprocessors"
     return Plan("grid", rows, units, warps, warps, slice_size, facts.cooperative)
 
 
-def plan(cell: str, dtype: torch.dtype, H: int, B: int, D: int, engine: str, tf32: bool, facts: Facts) -> Plan:
+def _gates(work: Work) -> int:
+    return len(CELLS[work.cell].gates)
+
+
+def _weight_bytes(work: Work, facts: Facts) -> int:
+    """Of a weight that a program holds: of three products of TF32 two numbers."""
+    return work.dtype.itemsize * (2 if precision(facts, work.dtype, work.tf32) == "tf32x3" else 1)
+
+
+def _cut(engine: str, work: Work, facts: Facts, **how: int) -> Plan | str:
+    """How an engine cuts a layer, by rule but for `how`; or why it cannot run it."""
+    if engine == "stepwise":
+        return _stepwise(work.H, **how)
+    if work.dtype == torch.float64:
+        return "float64 is for the stepwise engine"
+    if facts.kind == "interpreter" and work.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    return (_resident if engine == "resident" else _grid)(work, facts, **how)
+
+
+# What a table may choose among. On AMD's GPUs 8 warps leave each too few registers for weights.
+_WAYS: tuple[tuple[str, dict[str, int]], ...] = (
+    *(("stepwise", {"elements": elements}) for elements in (256, 512, 1024)),
+    *(("resident", {"rows": rows, "warps": warps}) for rows, warps in itertools.product((16, 32), (4, 8))),
+    *(("grid", {"rows": rows, "units": units}) for rows, units in itertools.product((16, 32), (16, 32))),
+    ("grid", {"warps": 4}),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def cuts(work: Work, facts: Facts) -> tuple[Plan, ...]:
+    """All plans that could run a pass; those of the rules are among them."""
+    found = [
+        _cut(engine, work, facts, **how) for engine, how in _WAYS if facts.kind != "hip" or how.get("warps", 4) == 4
+    ]
+    return tuple(dict.fromkeys(plan for plan in found if isinstance(plan, Plan)))
+
+
+def plan(
+    cell: str,
+    dtype: torch.dtype,
+    H: int,
+    B: int,
+    D: int,
+    engine: str,
+    tf32: bool,
+    facts: Facts,
+    backward: bool = False,
+) -> Plan:
     """Chooses an engine and cuts a layer for it.
 
     Args:
@@ -144,32 +183,24 @@ def plan(cell: str, dtype: torch.dtype, H: int, B: int, D: int, engine: str, tf3
         H: hidden size.
         B: rows.
         D: directions.
-        engine: that the caller wants, or "" for the first of resident, grid and stepwise that can run.
+        engine: that the caller wants, or "" for that of the user's table, or else the first of resident, grid and
+            stepwise that can run.
         tf32: whether products of float32 may be TF32.
         facts: of the device.
+        backward: the pass; by rule both are cut alike, by a table each for itself.
 
     Raises:
         RuntimeError: `engine` cannot run this; the message says "cannot run: " and why.
     """
-    gates, size = len(CELLS[cell].gates), dtype.itemsize
-    if precision(facts, dtype, tf32) == "tf32x3":
-        size *= 2  # a weight is kept as two numbers of TF32
-    found: Plan | str = _stepwise(H)
-    for candidate in ("resident", "grid"):
-        if engine != candidate and (engine or facts.kind == "xpu"):  # nobody has compiled these for xpu
-            continue
-        if dtype == torch.float64:
-            found = "float64 is for the stepwise engine"
-        elif facts.kind == "interpreter" and dtype == torch.bfloat16:
-            found = "Triton's interpreter multiplies bfloat16 wrongly"
-        elif candidate == "resident":
-            found = _resident(gates, H, B, D, size, facts)
-        else:
-            found = _grid(gates, H, B, D, size, facts)
+    work = Work(cell, dtype, tf32 and dtype == torch.float32, H, D, B, backward)
+    tuned = table.find(facts.name, work)
+    if tuned is not None and engine in ("", tuned.engine) and tuned in cuts(work, facts):
+        return tuned
+    resident_or_grid = () if facts.kind == "xpu" else ("resident", "grid")  # nobody has compiled these for xpu
+    why = ""
+    for candidate in (engine,) if engine else (*resident_or_grid, "stepwise"):
+        found = _cut(candidate, work, facts)
         if isinstance(found, Plan):
             return found
-    if isinstance(found, str):
-        if engine:
-            raise RuntimeError(f"the {engine} engine cannot run: {found}")
-        return _stepwise(H)
-    return found
+        why = found
+    raise RuntimeError(f"the {engine} engine cannot run: {why}")

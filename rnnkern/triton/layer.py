@@ -14,10 +14,11 @@ from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.triton import config, grid, resident, stepwise
 from rnnkern.triton.cells import find_cell
-from rnnkern.triton.config import Plan, divide_up
+from rnnkern.triton.config import divide_up
 from rnnkern.triton.launch import launch
 from rnnkern.triton.pointwise import Backward, Forward
 from rnnkern.triton.sequence import Sequence, previous_h
+from rnnkern.triton.table import Plan
 
 
 def saved_sizes(cell: str, rows: int, D: int, H: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -91,10 +92,10 @@ class Layer:
         assert stacked is not None
         return stacked
 
-    def plan(self, engine: str) -> Plan:
-        """How an engine runs this."""
+    def plan(self, engine: str, backward: bool) -> Plan:
+        """How an engine runs a pass of this."""
         facts = config.facts_of(self.x.device)
-        return config.plan(self.cell, self.x.dtype, self.H, self.B, self.D, engine, self.tf32, facts)
+        return config.plan(self.cell, self.x.dtype, self.H, self.B, self.D, engine, self.tf32, facts, backward)
 
     def constants(self, plan: Plan) -> dict[str, Any]:
         """What every kernel of an engine takes by name."""
@@ -139,7 +140,7 @@ class Layer:
 
 def forward(layer: Layer, engine: str, return_states: bool, save: bool) -> tuple[Tensor, ...]:
     """y, h_n, c_n, c_all, with [0] in place of what is not there; and what backward needs, if that is to be kept."""
-    plan = layer.plan(engine)
+    plan = layer.plan(engine, backward=False)
     D, B, H, x = layer.D, layer.B, layer.H, layer.x
     none = x.new_empty(0, dtype=layer.compute)
     y = layer.output(D * H, x.dtype)
@@ -196,7 +197,7 @@ def backward(
     clip: float,
 ) -> tuple[Tensor, ...]:
     """Gradients of x, h0, c0 and 8 weights; [0] in place of what is not wanted."""
-    plan = layer.plan(engine)
+    plan = layer.plan(engine, backward=True)
     D, B, H, x, rows = layer.D, layer.B, layer.H, layer.x, layer.rows
     compute, gates = layer.compute, layer.gates
     none = x.new_empty(0)
