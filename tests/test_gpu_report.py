@@ -16,6 +16,7 @@ from benchmarks.gpu import __main__ as program
 from benchmarks.gpu import attention, cases, commands, device, layers, machine, results, small, summary, sweep, targets
 from benchmarks.gpu.results import Results
 from benchmarks.runtimes import PeerUnavailable
+from rnnkern import triton as kernels
 from rnnkern._bench.cases import OURS, TORCH, Case
 from rnnkern._bench.timing import compare
 from tests.helpers import needs_emulator
@@ -95,7 +96,7 @@ def test_a_program_that_does_not_end_is_ended() -> None:
 
 def test_sweep_is_that_of_the_issue_and_begins_with_its_core() -> None:
     rows = list(cases.all_cases())
-    assert len({row.name for row in rows}) == len(rows) == 3 * 4 * 9 * 5 * 2 * 3 * 2
+    assert len({row.name for row in rows}) == len(rows) == 3 * 4 * 9 * 5 * 2 * 4 * 2
     tiers = [row.tier for row in rows]
     assert tiers == sorted(tiers)
     assert rows[0].name == "lstm-T100-B1-H128-bfloat16-eval"
@@ -114,7 +115,7 @@ def test_options_choose_cases() -> None:
     found = choose(
         "--cells", "gru,rnn_tanh", "--dtypes", "tf32", "--hidden", "176", "--batch", "1,8", "--steps", "1000"
     )
-    assert len(found) == 2 * 2 * 3 * 2
+    assert len(found) == 2 * 2 * 4 * 2
     assert found[0].name == "gru-T1000-B1-H176-tf32-eval"
     assert {row.shape for row in choose("--shapes", "stack", "--modes", "train", "--tier", "1")} == {"stack"}
     with pytest.raises(SystemExit):
@@ -239,6 +240,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Results:
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(layers, "backward_plan", lambda row: "grid")
+    monkeypatch.setattr(layers, "TRITON_ENGINES", ("stepwise",))  # interpreted, all of them take long
     facts = {"gpu": "Some GPU", "capability": "9.0", "multiprocessors": 1, "memory_gib": 1, "l2_mib": 1.0}
     monkeypatch.setattr(results, "identity", lambda: facts)
     return Results.of_this_gpu(tmp_path)
@@ -251,22 +253,24 @@ def measured(rows: list[sweep.Row], on: Results, part: str, line: Any, **options
 def layer_row(name: str) -> cases.LayerCase:
     case = Case.parse(name.replace("-tf32", ""))
     dtype = "tf32" if "tf32" in name else {torch.float32: "fp32", torch.bfloat16: "bf16"}[case.dtype]
-    return cases.LayerCase(case, dtype, "packed" if case.ragged else "stack" if case.layers == 2 else "plain", 0)
+    layers = "stack" if case.bidirectional else "two" if case.layers == 2 else "plain"
+    return cases.LayerCase(case, dtype, "packed" if case.ragged else layers, 0)
 
 
 def test_dry_run_of_layers(on_the_cpu: Results, capsys: pytest.CaptureFixture[str]) -> None:
     names = [
-        "lstm-T5-B2-H8-eval",
-        "gru-T5-B2-H8-tf32-train",
-        "lstm-T5-B2-H8-packed-eval",
-        "rnn_tanh-T5-B2-H8-L2-bidirectional-bfloat16-train",
+        "lstm-T2-B2-H8-eval",
+        "gru-T2-B2-H8-tf32-train",
+        "lstm-T2-B2-H8-packed-eval",
+        "rnn_tanh-T2-B2-H8-L2-bidirectional-bfloat16-train",
+        "gru-T2-B2-H8-L2-eval",
     ]
     chosen = [layer_row(name) for name in names]
     assert [row.name for row in chosen] == names
     rows = [sweep.Row(row.name, lambda row=row: layers.measure(row, HostClock(), 0.0)) for row in chosen]
     broken = sweep.Row("broken", lambda: (_ for _ in ()).throw(RuntimeError("no memory\nat all")))
     assert measured([*rows, broken], on_the_cpu, "layers", layers.line) == 1
-    assert "4 of" not in capsys.readouterr().out.splitlines()[0]
+    assert "5 of" not in capsys.readouterr().out.splitlines()[0]
     written = json.loads(on_the_cpu.path.read_text())
     found = written["parts"]["layers"]["rows"]
     assert list(found) == [*names, "broken"]
@@ -279,16 +283,23 @@ def test_dry_run_of_layers(on_the_cpu: Results, capsys: pytest.CaptureFixture[st
         assert row["launching_seconds"][OURS] == 1e-6
         assert f"{OURS} stepwise" in row["refused"]  # there is no GPU
         assert row["peak_mib"][OURS] == 3
-        assert (layers.PROJECTION in row["seconds"]) == ("eval" in name)
+        assert (layers.PROJECTION in row["seconds"]) == ("eval" in name and "L2" not in name)
+        assert set(row["first_call_seconds"]) == set(row["seconds"])
+        if kernels.available:
+            assert {layers.TRITON, f"{layers.TRITON} stepwise"} <= set(row["seconds"])
+            assert row["triton_ratio"] == {TORCH: 1.0, layers.EAGER: 1.0, OURS: 1.0}
+            assert "triton" in row["triton_choice"]
+        else:
+            assert "Triton" in row["refused"][layers.TRITON]
     # What was measured with these sources is not measured again, unless that is asked for.
     assert measured(rows, on_the_cpu, "layers", layers.line) == 0
-    assert "0 of 4 rows" in capsys.readouterr().out
+    assert "0 of 5 rows" in capsys.readouterr().out
     assert measured(rows[:1], on_the_cpu, "layers", layers.line, again=True) == 0
     assert measured(rows, on_the_cpu, "layers", layers.line, seconds=-1.0, again=True) == 1
-    assert "4 rows are left" in capsys.readouterr().out
+    assert "5 rows are left" in capsys.readouterr().out
     text = summary.markdown(json.loads(on_the_cpu.path.read_text()))
     assert "**lstm, fp32, one layer, forward**" in text
-    assert "| H=8, B=2, T=5 | 1 |" in text
+    assert "| H=8, B=2, T=2 | 1 |" in text
     assert "| `broken` | no memory |" in text
 
 
@@ -315,7 +326,7 @@ def test_a_call_that_launched_late_once_does_not_wait_for_the_host() -> None:
 def test_rows_that_wait_for_the_host_are_marked(on_the_cpu: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = HostClock()
     monkeypatch.setattr(HostClock, "host_bound", lambda *_: [OURS])
-    row = layer_row("lstm-T5-B2-H8-eval")
+    row = layer_row("lstm-T2-B2-H8-eval")
     measured([sweep.Row(row.name, lambda: layers.measure(row, clock, 0.0))], on_the_cpu, "layers", layers.line)  # type: ignore[arg-type]
     written = json.loads(on_the_cpu.path.read_text())
     assert written["parts"]["layers"]["rows"][row.name]["host_bound"] == [OURS]
@@ -325,7 +336,7 @@ def test_rows_that_wait_for_the_host_are_marked(on_the_cpu: Results, monkeypatch
 
 
 def test_results_that_differ_are_told(on_the_cpu: Results, monkeypatch: pytest.MonkeyPatch) -> None:
-    row, build = layer_row("lstm-T5-B2-H8-eval"), layers.candidates
+    row, build = layer_row("lstm-T2-B2-H8-eval"), layers.candidates
 
     def wrong(row: cases.LayerCase) -> dict[str, Any]:
         found = build(row)
@@ -382,7 +393,9 @@ def test_summary_of_everything(on_the_cpu: Results, tmp_path: Path) -> None:
     on_the_cpu.begin("latencies").add("flag through L2, one way", timed)
     row = layer_row("lstm-T100-B16-H256-bfloat16-eval")
     seconds = {OURS: 200e-6, TORCH: 600e-6, layers.PROJECTION: 100e-6, f"{OURS} stepwise": 900e-6}
-    figures = {"seconds": seconds, "call_seconds": {OURS: 300e-6}, "ratio": {TORCH: 0.5}, "peak_mib": {OURS: 1.0}}
+    seconds |= {layers.TRITON: 300e-6, f"{layers.TRITON} grid": 310e-6}
+    ratios = {"ratio": {TORCH: 0.5}, "triton_ratio": {TORCH: 2.0}}
+    figures = {"seconds": seconds, "call_seconds": {OURS: 300e-6}, **ratios, "peak_mib": {OURS: 1.0}}
     on_the_cpu.begin("layers").add(row.name, {"case": row.facts(), "refused": {}, "disagrees": {}, **figures})
     kernels = {"case": row.facts(), TORCH: {"launches": 305, "top": [["LSTM_elementWise_fp", 100, 250.0]]}}
     on_the_cpu.begin("kernels").add(row.name, kernels)
@@ -392,9 +405,9 @@ def test_summary_of_everything(on_the_cpu: Results, tmp_path: Path) -> None:
     assert "| compute-sanitizer racecheck | 1 errors | Race |" in text
     assert "| flag through L2, one way | 401 ns | 400-410 | 400 |" in text
     assert "1 slower than cuDNN" in text
-    assert (
-        "| H=256, B=16, T=100 | 0.2 | 0.3 | 0.50 | stepwise | 1.00 | 5.00 | 0.6-0.8 | 1.25 | standard | 1 / ? |" in text
-    )
+    line = next(line for line in text.splitlines() if line.startswith("| H=256, B=16, T=100 |"))
+    assert line.startswith("| H=256, B=16, T=100 | 0.2 | 0.3 | 0.50 | triton grid | 0.3 | 2.00 | 1.00 | 5.00 |")
+    assert line.endswith("| 0.6-0.8 | 1.25 | standard | 1 / ? |")
     summary.write(on_the_cpu.path.parent)
     assert (on_the_cpu.path.parent / "gpu.md").read_text() == text
 

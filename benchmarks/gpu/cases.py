@@ -19,6 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "stack": {"layers": 2, "bidirectional": True},
+    "two": {"layers": 2},
     "packed": {"ragged": "packed"},
 }
 # A case is as far down the list as it has values that are not among these.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
-from benchmarks.gpu.machine import CannotRun, architecture, need_gpu, need_kernels, need_program
+from benchmarks.gpu.machine import CannotRun, architecture, need_engines, need_gpu, need_kernels, need_program
 from benchmarks.gpu.results import Results
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -93,7 +93,7 @@ def test_counts(output: str) -> dict[str, Any]:
 
 def tests(results: Results, seconds: float) -> int:
     """Runs the tests that are marked cuda."""
-    need_kernels()
+    need_engines()
     part = results.begin("tests")
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
     files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.cuda" in path.read_text())

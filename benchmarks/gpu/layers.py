@@ -1,5 +1,6 @@
-"""Recurrent layers on a GPU: ours, by each engine and as it chooses, against torch.nn on cuDNN and the eager one."""
+"""Recurrent layers on a GPU: ours, as it chooses and by each engine in CUDA and Triton, against cuDNN and eager."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,12 @@ import rnnkern
 from benchmarks.gpu.cases import LayerCase
 from benchmarks.gpu.device import DEVICE, DeviceClock, call_seconds, float32_products, kernels, peak_mib
 from benchmarks.peers import TOLERANCES, PeerDisagrees, check_agreement
+from rnnkern import _library
 from rnnkern._bench.cases import OURS, TORCH, modules, runner
 from rnnkern._bench.timing import compare
-from rnnkern.ops._dispatch import ENGINES, cuda_plan
+from rnnkern.ops._dispatch import ENGINES, TRITON_ENGINES, cuda_plan
 
-EAGER, PROJECTION = "eager", "projection"
+EAGER, PROJECTION, TRITON = "eager", "projection", f"{OURS} triton"
 EAGER_ROUNDS, EAGER_UP_TO_STEPS = 3, 100
 Function = Callable[[], object]
 
@@ -44,6 +46,8 @@ def candidates(row: LayerCase) -> dict[str, Function]:
     ours, theirs = runner(case, of[OURS], DEVICE), runner(case, of[TORCH], DEVICE)
     found = {OURS: ours, TORCH: theirs}
     found |= {f"{OURS} {engine}": forced(ours, "cuda", engine) for engine in ENGINES}
+    found[TRITON] = forced(ours, "triton")
+    found |= {f"{TRITON} {engine}": forced(ours, "triton", engine) for engine in TRITON_ENGINES}
     if case.T <= EAGER_UP_TO_STEPS:
         found[EAGER] = forced(ours, "eager")
     if not case.training and case.layers == 1:
@@ -51,20 +55,24 @@ def candidates(row: LayerCase) -> dict[str, Function]:
     return found
 
 
-def try_all(functions: dict[str, Function]) -> tuple[dict[str, Function], dict[str, str]]:
-    """The functions that run, and why others do not. What breaks the GPU's context is raised."""
-    running, refused = {}, {}
+def try_all(functions: dict[str, Function]) -> tuple[dict[str, Function], dict[str, str], dict[str, float]]:
+    """The functions that run, why others do not, and the seconds of first calls, in which kernels may be compiled.
+
+    What breaks the GPU's context is raised.
+    """
+    running, refused, first_calls = {}, {}, {}
     for name, function in functions.items():
+        begin = time.perf_counter()
         try:
             function()
             torch.cuda.synchronize()
-            running[name] = function
+            running[name], first_calls[name] = function, time.perf_counter() - begin
         except torch.AcceleratorError:
             raise
         except RuntimeError as error:  # BackendUnavailable, no memory, an engine's own refusal
             refused[name] = str(error).strip().split("\n")[0][:300]
             torch.cuda.empty_cache()
-    return running, refused
+    return running, refused, first_calls
 
 
 def choice(function: Function) -> str:
@@ -97,12 +105,14 @@ def disagreements(row: LayerCase, functions: dict[str, Function]) -> dict[str, s
 def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any]:
     """One row of the results: seconds on the device and of a call, ratios, memory, and who refused."""
     with float32_products(row.tf32), torch.set_grad_enabled(row.case.training):
-        functions, refused = try_all(candidates(row))
-        result: dict[str, Any] = {"case": row.facts(), "refused": refused}
+        functions, refused, first_calls = try_all(candidates(row))
+        result: dict[str, Any] = {"case": row.facts(), "refused": refused, "first_call_seconds": first_calls}
         if OURS not in functions:
             return result
         result["choice"] = choice(functions[OURS])
-        if row.case.training:
+        if TRITON in functions:
+            result["triton_choice"] = choice(functions[TRITON])
+        if row.case.training and not _library.missing["cuda"]:
             result["backward"] = backward_plan(row)
         result["disagrees"] = disagreements(row, functions)
         result["peak_mib"] = {name: peak_mib(function) for name, function in functions.items() if name != PROJECTION}
@@ -117,6 +127,9 @@ def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any
         "host_bound": clock.host_bound(device_seconds, functions),
         "launching_seconds": {name: clock.launching_seconds(function) for name, function in functions.items()},
         "ratio": {peer: times.ratio(peer, OURS) for peer in (TORCH, EAGER) if peer in functions},
+        "triton_ratio": {
+            who: times.ratio(who, TRITON) for who in (TORCH, EAGER, OURS) if {who, TRITON} <= set(functions)
+        },
         "ratio_quartiles": {peer: times.ratio_range(peer, OURS) for peer in (TORCH,) if peer in functions},
         "rounds": len(times.samples[OURS]),
     }
@@ -127,7 +140,7 @@ def measure_kernels(row: LayerCase) -> dict[str, Any]:
     """The kernels of torch.nn's layer and of ours."""
     with float32_products(row.tf32), torch.set_grad_enabled(row.case.training):
         of = candidates(row)
-        functions, refused = try_all({name: of[name] for name in (OURS, TORCH)})
+        functions, refused, _ = try_all({name: of[name] for name in (OURS, TRITON, TORCH)})
         return {"case": row.facts(), "refused": refused, **{name: kernels(f) for name, f in functions.items()}}
 
 
@@ -135,7 +148,7 @@ def kernels_line(name: str, row: dict[str, Any]) -> str:
     """The kernels of a row for the terminal."""
     if "failed" in row:
         return f"{name}: {row['failed']}"
-    told = (f"{who} {row[who]['launches']} of {row[who]['top'][:1]}" for who in (TORCH, OURS) if who in row)
+    told = (f"{who} {row[who]['launches']} of {row[who]['top'][:1]}" for who in (TORCH, OURS, TRITON) if who in row)
     return f"{name}: {', '.join(told)}"
 
 

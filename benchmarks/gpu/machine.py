@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, software
-from rnnkern import _library
+from rnnkern import _library, triton
 from rnnkern._bench.machine import cpu_name
 
 STATE = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "utilization.gpu", "clocks_event_reasons.active")
@@ -32,6 +32,15 @@ def need_kernels() -> None:
     need_gpu()
     if why := _library.missing["cuda"]:
         raise CannotRun(f"rnnkern has no CUDA kernels, {why}: run --part build")
+
+
+def need_engines() -> None:
+    """Raises CannotRun where there is no GPU, or rnnkern has kernels for it neither in CUDA nor in Triton."""
+    need_gpu()
+    if why := _library.missing["cuda"]:
+        if triton.reason:
+            raise CannotRun(f"rnnkern has no CUDA kernels, {why}: run --part build; nor Triton's: {triton.reason}")
+        print(f"without CUDA kernels: {why}")
 
 
 def need_program(name: str) -> str:
@@ -101,6 +110,8 @@ def head() -> dict[str, Any]:
         "software": {
             **software(),
             "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+            "triton": triton.version or None,
             "cudnn": torch.backends.cudnn.version(),
             "driver": (query_nvidia_smi("driver_version") or {}).get("driver_version"),
         },

@@ -6,14 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.cases import LayerCase
-from benchmarks.gpu.layers import EAGER, PROJECTION
+from benchmarks.gpu.layers import EAGER, PROJECTION, TRITON
 from benchmarks.gpu.results import NAME
 from benchmarks.gpu.targets import ESTIMATES, SOURCE, target
 from benchmarks.render import milliseconds, table
 from rnnkern._bench.cases import OURS, TORCH
 
 MODES = {"eval": "forward", "train": "forward and backward"}
-SHAPES = {"plain": "one layer", "stack": "two layers, bidirectional", "packed": "packed sequences"}
+SHAPES = {
+    "plain": "one layer",
+    "stack": "two layers, bidirectional",
+    "two": "two layers",
+    "packed": "packed sequences",
+}
 WORST = 20
 Row = dict[str, Any]
 
@@ -22,6 +27,7 @@ NOTE = (
     "launches queued ahead, up to 2 ms of them; `call` is on the host, from a call to the end of its work. "
     f"`x {TORCH}` is how many times faster ours is than cuDNN, the median of paired ratios; below 1, we are slower. "
     "`us a step` is the forward less the product of the inputs with W_ih, which is timed alone, over the steps. "
+    f"`Triton` is ours by Triton's engines, as it chooses among them; its first call, which compiles, is in {NAME}. "
     f"`aimed at` is {SOURCE}; it is no measurement. "
     "`cuDNN` says whether its kernels keep the weights on the chip for all steps (persistent) or run step by step "
     "(standard), by the names and the number of the kernels that it launched. fp32 does not allow TF32; all else does. "
@@ -59,7 +65,8 @@ def layer_cells(row: Row, kernels: Row | None) -> list[str]:
     aimed = "" if aim is None else f"{aim.low:g}" if aim.low == aim.high else f"{aim.low:g}-{aim.high:g}"
     step = per_step_us(row, OURS)
     peaks = row.get("peak_mib", {})
-    fastest = min((name for name in seconds if name.startswith(f"{OURS} ")), key=seconds.__getitem__, default="")
+    engines = [name for name in seconds if name.startswith(f"{OURS} ") and name != TRITON]
+    fastest = min(engines, key=seconds.__getitem__, default="")
     return [
         f"H={case['H']}, B={case['B']}, T={case['T']}",
         milliseconds(seconds[OURS]),
@@ -67,19 +74,22 @@ def layer_cells(row: Row, kernels: Row | None) -> list[str]:
         figure(ratio.get(TORCH)),
         figure(ratio.get(EAGER)),
         fastest.removeprefix(f"{OURS} "),
+        milliseconds(seconds.get(TRITON)),
+        *(figure(row.get("triton_ratio", {}).get(who)) for who in (TORCH, EAGER, OURS)),
         figure(step),
         figure(per_step_us(row, TORCH)),
         aimed,
         figure(step / aim.high if step is not None and aim is not None else None),
         cudnn_path(kernels, case["T"]),
         " / ".join(figure(peaks.get(name), ".0f") or "?" for name in (OURS, TORCH)) if peaks else "",
-        ", ".join(name for name in (OURS, TORCH) if name in row.get("host_bound", ())),
+        ", ".join(name for name in (OURS, TRITON, TORCH) if name in row.get("host_bound", ())),
         "differs" if row["disagrees"] else "",
     ]
 
 
 HEAD = [
-    *("", f"{OURS}, ms", "call, ms", f"x {TORCH}", f"x {EAGER}", "fastest engine", "us a step", f"us a step, {TORCH}"),
+    *("", f"{OURS}, ms", "call, ms", f"x {TORCH}", f"x {EAGER}", "fastest engine"),
+    *("Triton, ms", f"Triton x {TORCH}", f"Triton x {EAGER}", f"Triton x {OURS}", "us a step", f"us a step, {TORCH}"),
     *("aimed at", "of that", "cuDNN", f"MiB, {OURS} / {TORCH}", "host-bound", "result"),
 ]
 
@@ -223,7 +233,7 @@ def draw(content: Row, file: Path) -> bool:
     cells = list(dict.fromkeys(row["case"]["cell"] for row in rows))
     figures, panels = plt.subplots(len(cells), len(MODES), figsize=(12, 3.2 * len(cells)), squeeze=False)
     dtypes = list(dict.fromkeys(row["case"]["dtype"] for row in rows))
-    markers = dict(zip(SHAPES, "os^"))
+    markers = dict(zip(SHAPES, "osv^"))
     for line, cell in zip(panels, cells):
         for axes, (mode, words) in zip(line, MODES.items()):
             for row in rows:
