@@ -20,6 +20,7 @@ SHAPES = [
     (3, 1, 1, 1, 1),
     (2, 5, 7, 17, 3),
     (3, 1, 150, 20, 33),  # one query, three parts of keys
+    (1, 1, 1100, 5, 3),  # one query, more parts than are joined at a time
     (2, 3, 70, 40, 70),  # few queries
     (1, 67, 40, 20, 16),  # more queries than a tile
 ]  # B, Tq, Tk, D, Dv
@@ -69,26 +70,33 @@ def test_additive_guard(size: float, Tq: int) -> None:
 
 @pytest.mark.parametrize("padding", ["lengths", "mask"])
 @pytest.mark.parametrize("Tq", [1, 3])
-@pytest.mark.parametrize("score", ["dot", "additive"])
-def test_padding_is_never_read(score: str, Tq: int, padding: str) -> None:
-    """Nor does a row without a valid key give anything but zeros."""
+@pytest.mark.parametrize(("score", "large"), [("dot", False), ("additive", False), ("additive", True)])
+def test_padding_is_never_read(score: str, large: bool, Tq: int, padding: str) -> None:
+    """Nor does a row without a valid key give anything but zeros. `large`: tiles of elements that are not factored."""
     B, Tk, D = 3, 9, 6
     problem = make_problem("dot", B, Tq, Tk, D, 5, padding=padding)
-    vector = torch.randn(D) if score == "additive" else None
+    tensors = problem.tensors | ({"vector": torch.randn(D)} if score == "additive" else {})
+    if large:
+        tensors["key"][..., 0] = 30.0
+    if padding == "lengths":
+        problem.padding["lengths"][0] = 4  # the keys of tiles that are flagged end amid them
+    assert problem.is_padding()[0].any()
 
     def run() -> dict[str, Tensor]:
-        inputs = {n: t.detach().requires_grad_() for n, t in problem.tensors.items()}
+        inputs = {n: t.detach().requires_grad_() for n, t in tensors.items()}
         lengths, mask = (problem.padding.get(name) for name in ("lengths", "key_padding_mask"))
-        out = OPERATORS["triton"].attention(*inputs.values(), vector, lengths, mask, score, 1.0, True)
+        vector = inputs.get("vector")
+        out = OPERATORS["triton"].attention(*list(inputs.values())[:3], vector, lengths, mask, score, 0.5, True)
         grads = torch.autograd.grad(out, list(inputs.values()), (problem.dcontext, problem.dweights))
         return dict(zip(("context", "weights", *(f"d{n}" for n in inputs)), (*(o.detach() for o in out), *grads)))
 
     expected = run()
     for name, bad in (("key", torch.nan), ("value", torch.inf)):
-        problem.tensors[name][problem.is_padding()] = bad
+        tensors[name][problem.is_padding()] = bad
     actual = run()
     assert_same_bits(actual, expected)
-    assert all(value[1].eq(0).all() for value in actual.values())
+    of_rows = {name: value for name, value in actual.items() if name != "dvector"}
+    assert all(value[1].eq(0).all() for value in of_rows.values())
     assert actual["dkey"][problem.is_padding()].eq(0).all()
     assert actual["dvalue"][problem.is_padding()].eq(0).all()
 

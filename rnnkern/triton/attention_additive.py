@@ -248,7 +248,10 @@ def additive_gradient(
             other_step = (other_row * UNIT).to(tl.int64)
             for j in range(first, tl.minimum(first + FACTOR_ROWS, end)):
                 dscore = tl.load(pairs + j * step + distances, mask=there, other=0.0)
-                x = tl.load(other_elements + j * other_step, mask=inside, other=0.0)
+                width_there = A
+                if not OWN_KEYS:
+                    width_there = tl.where(are_valid(mask, b, j, count, Tk), A, 0)
+                x = tl.load(other_elements + j * other_step, mask=columns < width_there, other=0.0)
                 inverse = 1.0 / guarded_denominator(elements, x.to(tl.float32)[None, :])
                 sums, half_sums = _add_gradient(inverse, dscore[:, None], sums, half_sums, OWN_KEYS)
     v = tl.load(vector + columns, mask=inside, other=0.0).to(tl.float32)
