@@ -131,6 +131,28 @@ def test_strides(score: str, Tq: int) -> None:
     assert all(error(value, expected[name]) < 1e-6 for name, value in actual.items())
 
 
+def test_strides_beyond_32_bits() -> None:
+    """In units of 16 elements a batch row's is within 32 bits; rows of one batch row are copied together."""
+    import triton
+    import triton.language as tl
+
+    from rnnkern.triton.attention_call import rows_of
+    from rnnkern.triton.attention_parts import batch_pointer, row_pointers
+
+    def distances(out, b, batch, row, batch_pointer: tl.constexpr, row_pointers: tl.constexpr):  # type: ignore[no-untyped-def]
+        start = tl.zeros((2,), tl.int64)
+        first = tl.program_id(0).to(tl.int64) + b
+        tl.store(out + tl.arange(0, 2), batch_pointer(start, first, batch, 16))
+        tl.store(out + 2 + tl.arange(0, 2), row_pointers(start, first, tl.arange(0, 2) + 1, batch, row, 16))
+
+    out = torch.zeros(4, dtype=torch.int64)
+    triton.jit(distances)[(1,)](out, 3, 2**28, 2**26, batch_pointer, row_pointers)
+    assert out.tolist() == [3 * 2**32, 3 * 2**32, 3 * 2**32 + 2**30, 3 * 2**32 + 2**31]
+    far = torch.empty_strided((2, 3, 16), (2**33, 2**31, 1), device="meta")
+    assert rows_of(far)[1:] == (48, 16)
+    assert rows_of(far[:, :1])[1:] == (2**33, 0)
+
+
 @pytest.mark.parametrize("Tq", [1, 3])
 @pytest.mark.parametrize("score", ["dot", "additive"])
 @pytest.mark.parametrize("given", ["context", "weights"])
@@ -217,23 +239,61 @@ def test_refusals() -> None:
             problem.run("triton")
 
 
+def compiled_for(score: str, B: int, Tq: int, Tk: int, *, D: int = 20, Dv: int = 17) -> list[Any]:
+    """What Triton compiles for: of each launch the kernel, its constants, and types and alignments of its arguments."""
+    from rnnkern.triton import attention, config, launch
+
+    query, key, value = (torch.zeros(B, T, C, dtype=torch.float16) for T, C in ((Tq, D), (Tk, D), (Tk, Dv)))
+    vector = query.new_zeros(D) if score == "additive" else None
+    padding = torch.full((B,), Tk), torch.zeros(B, Tk, dtype=torch.bool)
+    inputs = (query, key, value, vector, *padding, score, 0.5)
+    with launch.recording(config.Facts("cuda", 132, 232448)) as found:
+        attention.attention(*inputs, True)
+        attention.attention_backward(query.new_empty(B, Tq, Dv), query.new_empty(B, Tq, Tk), *inputs)
+
+    def described(kernel: Any, name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            loose = name in (kernel.kwargs["do_not_specialize_on_alignment"] or ())
+            return value.dtype, loose or value.data_ptr() % 16 == 0
+        if isinstance(value, int) and name not in kernel.kwargs["do_not_specialize"]:
+            return value == 1, value % 16 == 0
+        return type(value)
+
+    return [
+        (
+            one.kernel.fn.__name__,
+            one.constants,
+            [described(one.kernel, *a) for a in zip(one.kernel.arg_names, one.arguments)],
+        )
+        for one in found
+    ]
+
+
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_new_lengths_compile_nothing_new(score: str) -> None:
     """Beyond what tells few queries and keys from many: a launch differs in numbers alone."""
-    from rnnkern.triton import attention, config, launch
+    assert compiled_for(score, 3, 1, 100) == compiled_for(score, 16, 1, 1024)
+    assert compiled_for(score, 3, 2, 100) == compiled_for(score, 16, 16, 1024)
+    assert compiled_for(score, 3, 20, 100) == compiled_for(score, 2, 100, 300)
 
-    def launches(B: int, Tq: int, Tk: int) -> list[Any]:
-        query, key, value = (torch.empty(B, T, C, device="meta") for T, C in ((Tq, 20), (Tk, 20), (Tk, 17)))
-        vector = torch.empty(20, device="meta") if score == "additive" else None
-        inputs = (query, key, value, vector, torch.full((B,), Tk), None, score, 0.5)
-        with launch.recording(config.Facts("cuda", 132, 232448)) as found:
-            attention.attention(*inputs, True)
-            attention.attention_backward(query.new_empty(B, Tq, 17), query.new_empty(B, Tq, Tk), *inputs)
-        return [(one.kernel, one.constants, [type(a) for a in one.arguments]) for one in found]
 
-    assert launches(3, 1, 100) == launches(16, 1, 1024)
-    assert launches(3, 2, 100) == launches(16, 16, 1024)
-    assert launches(3, 20, 100) == launches(2, 100, 300)
+@pytest.mark.parametrize("score", ["dot", "additive"])
+@pytest.mark.parametrize(("rows", "Tk", "D", "Dv"), [(21, 9, 5, 7), (1, 8, 24, 16)])
+def test_chunks_of_rows_compile_nothing_new(
+    score: str, rows: int, Tk: int, D: int, Dv: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever a chunk's lengths, mask and rows begin in memory."""
+    from rnnkern.triton import attention, attention_call
+
+    def different(found: list[Any]) -> set[str]:
+        return set(map(repr, found))
+
+    together = compiled_for(score, 40, 3, Tk, D=D, Dv=Dv)
+    monkeypatch.setattr(attention_call, "_CHUNK_BYTES", rows)
+    monkeypatch.setattr(attention, "pair_bytes", lambda call, backward: 1)
+    apart = compiled_for(score, 40, 3, Tk, D=D, Dv=Dv)
+    assert len(apart) >= 3 * len(together)
+    assert different(apart) == different(together)
 
 
 def test_explain_names_triton() -> None:

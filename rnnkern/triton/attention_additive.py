@@ -21,7 +21,9 @@ import triton.language as tl
 from rnnkern.triton.attention_parts import (
     FACTOR_LIMIT,
     PAIR_UNIT,
+    UNALIGNED,
     are_valid,
+    batch_pointer,
     count_keys,
     exp_twice,
     guarded_denominator,
@@ -38,7 +40,7 @@ _ROWS = [f"{name}_{which}" for name in ("own", "other") for which in ("batch", "
 _STRIDES = [f"{name}_{which}" for name in ("query", "key") for which in ("batch", "row")]
 
 
-@triton.jit(do_not_specialize=["T", "row_tiles", "batch", "row"])
+@triton.jit(do_not_specialize=["T", "row_tiles", "batch", "row"], do_not_specialize_on_alignment=UNALIGNED)
 def factorize(
     rows,  # S [B, T, A]
     lengths,  # int64 [B] or None: all rows are valid
@@ -75,7 +77,7 @@ def factorize(
     tl.store(large + program, tl.max(tl.max(beyond.to(tl.int32), 1), 0))
 
 
-@triton.jit(do_not_specialize=["Tq", "Tk", *_STRIDES])
+@triton.jit(do_not_specialize=["Tq", "Tk", *_STRIDES], do_not_specialize_on_alignment=UNALIGNED)
 def additive_scores(
     query,  # S [B, Tq, A]
     key,  # S [B, Tk, A]
@@ -164,7 +166,7 @@ def _add_gradient(inverse, dscore, sums, half_sums, WITH_VECTOR: tl.constexpr):
     return sums, half_sums
 
 
-@triton.jit(do_not_specialize=["T", "T_other", "Tk", *_ROWS])
+@triton.jit(do_not_specialize=["T", "T_other", "Tk", *_ROWS], do_not_specialize_on_alignment=UNALIGNED)
 def additive_gradient(
     own,  # S [B, T, A]: queries, or keys
     other,  # S [B, T_other, A]: keys, or queries
@@ -244,8 +246,8 @@ def additive_gradient(
                 mask=there[:, None] & inside[None, :],
                 other=0.0,
             ).to(tl.float32)
-            other_elements = other + b * (other_batch * UNIT) + columns
-            other_step = (other_row * UNIT).to(tl.int64)
+            other_elements = batch_pointer(other, b, other_batch, UNIT) + columns
+            other_step = other_row.to(tl.int64) * UNIT
             for j in range(first, tl.minimum(first + FACTOR_ROWS, end)):
                 dscore = tl.load(pairs + j * step + distances, mask=there, other=0.0)
                 width_there = A

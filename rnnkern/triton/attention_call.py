@@ -51,10 +51,10 @@ class Rows(NamedTuple):
 
 
 def rows_of(tensor: Tensor | None) -> Rows:
-    """Of [B, T, C], copied if the elements of a row are not contiguous."""
+    """Of [B, T, C], copied if the elements of a row are not contiguous, or rows further apart than 32 bits tell."""
     if tensor is None:
         return Rows(None, 0, 0)
-    if tensor.shape[2] > 1 and tensor.stride(2) != 1:
+    if (tensor.shape[2] > 1 and tensor.stride(2) != 1) or (tensor.shape[1] > 1 and tensor.stride(1) >= 2**31):
         tensor = tensor.contiguous()
     B, T, _ = tensor.shape
     return Rows(tensor, tensor.stride(0) if B > 1 else 0, tensor.stride(1) if T > 1 else 0)
@@ -118,8 +118,14 @@ class Call:
         return self.empty(*shape, dtype=torch.float32)
 
     def chunks(self, bytes_per_row: int) -> list[tuple[int, int]]:
-        """Ranges of batch rows of which so many bytes each fit _CHUNK_BYTES."""
+        """Ranges of batch rows of which so many bytes each fit _CHUNK_BYTES.
+
+        Of 16 rows or a multiple where these fit: then all ranges of a tensor are aligned as it is, whatever a row's
+        size, and take the same kernels, which Triton compiles by alignment.
+        """
         rows = max(1, min(self.B, _CHUNK_BYTES // max(1, bytes_per_row)))
+        if 16 < rows < self.B:
+            rows -= rows % 16
         return [(first, min(first + rows, self.B)) for first in range(0, self.B, rows)]
 
     @property

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from rnnkern.triton.attention_parts import (
     PAIR_UNIT,
+    UNALIGNED,
     are_valid,
     count_keys,
     finite_base,
@@ -59,7 +60,7 @@ def _score_tile(
     return tl.where(valid[None, :], scores, float("-inf"))
 
 
-@triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES])
+@triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES], do_not_specialize_on_alignment=UNALIGNED)
 def attend(
     query,  # S [B, Tq, D]
     key,  # S [B, Tk, D]
@@ -149,7 +150,7 @@ def _gradient_tile(
     return gradient
 
 
-@triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES, *_GRADIENT_STRIDES])
+@triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES, *_GRADIENT_STRIDES], do_not_specialize_on_alignment=UNALIGNED)
 def gradient_stats(
     query,  # S [B, Tq, D]
     key,  # S [B, Tk, D]
@@ -223,7 +224,7 @@ def gradient_stats(
     tl.store(at + 2, mean * inverse, mask=there)
 
 
-@triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES, *_GRADIENT_STRIDES])
+@triton.jit(do_not_specialize=[*_LENGTHS, *_STRIDES, *_GRADIENT_STRIDES], do_not_specialize_on_alignment=UNALIGNED)
 def pair_weights(
     query,  # S [B, Tq, D]
     key,  # S [B, Tk, D]
@@ -298,7 +299,9 @@ def pair_weights(
         tl.store(out, dscore.to(dscores.dtype.element_ty), mask=there[:, None] & (keys < row)[None, :])
 
 
-@triton.jit(do_not_specialize=["rows", "terms", "Tk", "right_batch", "right_row"])
+@triton.jit(
+    do_not_specialize=["rows", "terms", "Tk", "right_batch", "right_row"], do_not_specialize_on_alignment=UNALIGNED
+)
 def sum_pairs(
     pairs,  # S [B, Tq, Tk']: weights or dscores, zero where a key is padding
     right,  # S [B, terms, COLUMNS]: what belongs to the keys, or to the queries

@@ -7,6 +7,9 @@ a tensor, or is padding, is never read.
 import triton
 import triton.language as tl
 
+# Begin anywhere where a call is cut into ranges of batch rows, and are not read 16 bytes at a time: Triton is not to
+# compile once more for those that happen to be aligned.
+UNALIGNED = ["lengths", "mask", "dweights"]
 # Rows of what is kept of pairs are padded to this many elements, so that 16 bytes are read at a time.
 PAIR_UNIT = tl.constexpr(16)
 # tanh(q + k) = 1 - 2 r with r = 1 / d, d = 1 + e^2q e^2k. Two d share one reciprocal, so that the product of two must
@@ -33,9 +36,15 @@ def are_valid(mask, b, keys, count, Tk):
 
 
 @triton.jit
+def batch_pointer(tensor, b, batch_stride, UNIT: tl.constexpr):
+    """Of tensor[b]; b is 64-bit and comes first: this stride times UNIT may be beyond 32 bits, a row's never is."""
+    return tensor + b * batch_stride * UNIT
+
+
+@triton.jit
 def row_pointers(tensor, b, rows, batch_stride, row_stride, UNIT: tl.constexpr):
     """Of tensor[b, rows]; strides in units of UNIT elements, which tells the compiler how rows are aligned."""
-    return tensor + b * (batch_stride * UNIT) + rows.to(tl.int64) * (row_stride * UNIT)
+    return batch_pointer(tensor, b, batch_stride, UNIT) + rows.to(tl.int64) * (row_stride * UNIT)
 
 
 @triton.jit

@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from rnnkern.triton.attention_parts import (
+    UNALIGNED,
     are_valid,
+    batch_pointer,
     count_keys,
     finite_base,
     guarded_denominator,
@@ -56,7 +58,7 @@ def _part_scores(
     return tl.where(valid, factor * tl.sum(terms, 1), float("-inf"))
 
 
-@triton.jit(do_not_specialize=["Tk", "query_batch", *_STRIDES])
+@triton.jit(do_not_specialize=["Tk", "query_batch", *_STRIDES], do_not_specialize_on_alignment=UNALIGNED)
 def attend_part(
     query,  # S [B, 1, D]
     key,  # S [B, Tk, D]
@@ -90,7 +92,9 @@ def attend_part(
     keys = (program % parts * BLOCK_K).to(tl.int32) + tl.arange(0, BLOCK_K)
     valid = are_valid(mask, b, keys, count_keys(lengths, b, Tk), Tk)
     key_rows = row_pointers(key, b, keys, key_batch, key_row, UNIT)
-    scores = _part_scores(query + b * (query_batch * UNIT), key_rows, vector, valid, scale, D, BLOCK_D, APPROXIMATE)
+    scores = _part_scores(
+        batch_pointer(query, b, query_batch, UNIT), key_rows, vector, valid, scale, D, BLOCK_D, APPROXIMATE
+    )
     largest = tl.max(scores, 0)
     power = tl.exp(scores - finite_base(largest))
     total = tl.sum(power, 0)
@@ -175,7 +179,7 @@ def join_parts(
         tl.store(weights + b * Tk + keys, weight.to(weights.dtype.element_ty), mask=keys < Tk)
 
 
-@triton.jit(do_not_specialize=["Tk", *_BATCHES, *_STRIDES])
+@triton.jit(do_not_specialize=["Tk", *_BATCHES, *_STRIDES], do_not_specialize_on_alignment=UNALIGNED)
 def score_part(
     query,  # S [B, 1, D]
     key,  # S [B, Tk, D]
@@ -210,12 +214,14 @@ def score_part(
     keys = (program % parts * BLOCK_K).to(tl.int32) + tl.arange(0, BLOCK_K)
     valid = are_valid(mask, b, keys, count_keys(lengths, b, Tk), Tk)
     key_rows = row_pointers(key, b, keys, key_batch, key_row, UNIT)
-    of_keys = _part_scores(query + b * (query_batch * UNIT), key_rows, vector, valid, scale, D, BLOCK_D, APPROXIMATE)
+    of_keys = _part_scores(
+        batch_pointer(query, b, query_batch, UNIT), key_rows, vector, valid, scale, D, BLOCK_D, APPROXIMATE
+    )
     gradient = tl.zeros((BLOCK_K,), tl.float32)
     if dcontext is not None:
         value_rows = row_pointers(value, b, keys, value_batch, value_row, UNIT)
         gradient = _part_scores(
-            dcontext + b * (dcontext_batch * UNIT), value_rows, None, valid, 1.0, Dv, BLOCK_D, APPROXIMATE
+            batch_pointer(dcontext, b, dcontext_batch, UNIT), value_rows, None, valid, 1.0, Dv, BLOCK_D, APPROXIMATE
         )
         gradient = tl.where(valid, gradient, 0.0)
     if dweights is not None:
@@ -229,7 +235,7 @@ def score_part(
     tl.store(gradients + b * Tk + keys, gradient, mask=keys < Tk)
 
 
-@triton.jit(do_not_specialize=["Tk", *_BATCHES, "key_batch", "key_row"])
+@triton.jit(do_not_specialize=["Tk", *_BATCHES, "key_batch", "key_row"], do_not_specialize_on_alignment=UNALIGNED)
 def gradient_part(
     query,  # S [B, 1, D]
     key,  # S [B, Tk, D]
@@ -275,7 +281,7 @@ def gradient_part(
     out_rows = b * Tk + keys
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        q = tl.load(query + b * (query_batch * UNIT) + columns, mask=columns < D, other=0.0).to(tl.float32)
+        q = tl.load(batch_pointer(query, b, query_batch, UNIT) + columns, mask=columns < D, other=0.0).to(tl.float32)
         k = load_rows(key_rows, valid, columns, D).to(tl.float32)
         if vector is None:
             by_query = (scale * dscore)[:, None] * k
@@ -295,7 +301,7 @@ def gradient_part(
         columns = start + tl.arange(0, BLOCK_D)
         by_value = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
         if dcontext is not None:
-            dc = tl.load(dcontext + b * (dcontext_batch * UNIT) + columns, mask=columns < Dv, other=0.0)
+            dc = tl.load(batch_pointer(dcontext, b, dcontext_batch, UNIT) + columns, mask=columns < Dv, other=0.0)
             by_value = tl.where(valid[:, None], weight[:, None] * dc.to(tl.float32)[None, :], 0.0)
         places = out_rows[:, None] * Dv + columns[None, :]
         tl.store(dvalue + places, by_value.to(dvalue.dtype.element_ty), mask=inside[:, None] & (columns < Dv)[None, :])
