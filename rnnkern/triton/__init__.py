@@ -7,6 +7,12 @@
   grid.py        engine: the programs of a cooperative launch share the units, and show each other h after each step
   config.py      which engine, and how it cuts a layer; layer.py: the layer around the recurrence
   tune.py        measures what config.py could choose; table.py: the user's own table, where the fastest stands
+  activations.py tanh and sigmoid, for the cells
+  attention.py   attention, forward and backward: which kernels run; attention_call.py: its arguments, and how they are cut
+  attention_single.py  kernels for one query per row
+  attention_pairs.py   kernels for several; attention_additive.py: their additive scores; attention_many.py: the launches
+  attention_parts.py   what these kernels share
+  linear_cross_entropy.py  the loss of a chunk of logits and its gradient
   launch.py      the one way to run a kernel; compile.py: all kernels ahead of time, and what they need
 
 Importing this package imports no Triton: that takes time, and most processes on a CPU never need it.

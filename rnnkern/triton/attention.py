@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.triton import attention_single as single
-from rnnkern.triton.attention_call import Call, Gradients, fit, widen
+from rnnkern.triton.attention_call import Call, Gradients, fit
 from rnnkern.triton.attention_many import attend_many, gradients_many, pair_bytes
 from rnnkern.triton.config import divide_up
 from rnnkern.triton.launch import launch
@@ -89,7 +89,6 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """rnnkern::triton_attention: context [B, Tq, Dv], and weights [B, Tq, Tk] or an empty tensor."""
     Dv = value.shape[2]
-    query, key, value, vector = widen(query, key, value, vector)
     call = Call(query, key, value, vector, lengths, mask, scale)
     context = call.empty(call.B, call.Tq, call.Dv)
     weights = call.empty(call.B, call.Tq, call.Tk) if need_weights else None
@@ -183,11 +182,11 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """rnnkern::triton_attention_backward: the gradients of query, key, value and vector [D] or empty."""
     D, Dv = query.shape[2], value.shape[2]
-    query, key, value, vector = widen(query, key, value, vector)
     if dcontext is not None and Dv == 0:
         dcontext = None
     call = Call(query, key, value, vector, lengths, mask, scale, dcontext, dweights)
-    out = Gradients(*(call.empty(*tensor.shape) for tensor in (query, key, value)))
+    sizes = (call.Tq, call.D), (call.Tk, call.D), (call.Tk, call.Dv)
+    out = Gradients(*(call.empty(call.B, *size) for size in sizes))
     dvector = call.floats(call.D).zero_() if vector is not None else None
     if call.B == 0 or call.Tq == 0 or call.Tk == 0:
         for gradient in out:

@@ -65,6 +65,12 @@ def unit_of(*all_rows: Rows) -> int:
     return 16 if all((rows.batch | rows.row) % 16 == 0 for rows in all_rows) else 1
 
 
+def _widen(query: Tensor, key: Tensor, value: Tensor, vector: Tensor | None) -> tuple[Any, ...]:
+    """Rows without columns get one that is zero: blocks are at least one wide."""
+    three = (t if t.shape[2] > 0 else t.new_zeros(*t.shape[:2], 1) for t in (query, key, value))
+    return *three, vector if vector is None or vector.numel() > 0 else vector.new_zeros(1)
+
+
 class Call:
     """The arguments of a call, for a range of batch rows."""
 
@@ -80,6 +86,7 @@ class Call:
         dcontext: Tensor | None = None,  # [B, Tq, Dv]
         dweights: Tensor | None = None,  # [B, Tq, Tk]
     ) -> None:
+        query, key, value, vector = _widen(query, key, value, vector)
         self.device, self.dtype = query.device, query.dtype
         (self.B, self.Tq, self.D), (_, self.Tk, self.Dv) = query.shape, value.shape
         self.query, self.key, self.value = rows_of(query), rows_of(key), rows_of(value)
@@ -154,9 +161,3 @@ class Gradients(NamedTuple):
     def of(self, first: int, end: int) -> "Gradients":
         """The same for the batch rows [first, end)."""
         return Gradients(*(gradient[first:end] for gradient in self))
-
-
-def widen(query: Tensor, key: Tensor, value: Tensor, vector: Tensor | None) -> tuple[Any, ...]:
-    """Rows without columns get one that is zero: blocks are at least one wide."""
-    three = (t if t.shape[2] > 0 else t.new_zeros(*t.shape[:2], 1) for t in (query, key, value))
-    return *three, vector if vector is None or vector.numel() > 0 else vector.new_zeros(1)

@@ -4,8 +4,10 @@ Forward: a program has BLOCK_Q queries of one row and BLOCK_V columns of the con
 tile of scores lives in registers alone. Backward: scores and dL/dweights = dcontext value^T are computed twice, once
 for the softmax's largest score, sum and mean gradient of each query, once for weights and dscores of each pair, which
 are written [B, Tq, Tk] in the storage type, for as many batch rows at a time as an L2 cache holds; then dvalue =
-weights^T dcontext, dkey = dscores^T query and dquery = dscores key are products of their own. So no result takes
-atomics, and the sizes D and Dv of an RNN, 256 to 1024, whose sums no program could hold, cost no scores a third time.
+weights^T dcontext, dkey = dscores^T query and dquery = dscores key are products of their own, whose factors are of that
+type: in float16 a dscore below 6e-5 loses digits and one below 3e-8 is zero, unless the loss is scaled. So no result
+takes atomics, and the sizes D and Dv of an RNN, 256 to 1024, whose sums no program could hold, cost no scores a third
+time.
 
 The scores are scale query key^T or, of the additive score, given [B, Tq, Tk]. A pair takes 2 (D + Dv) flops forward (a
 second block of columns: 2 D more) and 4 (D + Dv) + 2 (2 D + Dv) backward; against that stand 12 bytes through the L2

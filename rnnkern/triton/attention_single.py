@@ -33,6 +33,16 @@ _BATCHES = ["query_batch", "dcontext_batch"]
 
 
 @triton.jit
+def _find_part(lengths, mask, Tk, BLOCK_K: tl.constexpr):
+    """Of this program: its number, its row, its keys and which of them are valid."""
+    parts = tl.cdiv(Tk, BLOCK_K)
+    program = tl.program_id(0).to(tl.int64)
+    b = program // parts
+    keys = (program % parts * BLOCK_K).to(tl.int32) + tl.arange(0, BLOCK_K)
+    return program, b, keys, are_valid(mask, b, keys, count_keys(lengths, b, Tk), Tk)
+
+
+@triton.jit
 def _part_scores(
     query,
     key_rows,
@@ -86,11 +96,7 @@ def attend_part(
     APPROXIMATE: tl.constexpr,
 ):
     """Of a part of a row's keys: its share of the context, or all of it."""
-    parts = tl.cdiv(Tk, BLOCK_K)
-    program = tl.program_id(0).to(tl.int64)
-    b = program // parts
-    keys = (program % parts * BLOCK_K).to(tl.int32) + tl.arange(0, BLOCK_K)
-    valid = are_valid(mask, b, keys, count_keys(lengths, b, Tk), Tk)
+    program, b, keys, valid = _find_part(lengths, mask, Tk, BLOCK_K)
     key_rows = row_pointers(key, b, keys, key_batch, key_row, UNIT)
     scores = _part_scores(
         batch_pointer(query, b, query_batch, UNIT), key_rows, vector, valid, scale, D, BLOCK_D, APPROXIMATE
@@ -208,11 +214,7 @@ def score_part(
     APPROXIMATE: tl.constexpr,
 ):
     """Of a part of a row's keys: scores, dL/dweights, and what the softmax takes of them."""
-    parts = tl.cdiv(Tk, BLOCK_K)
-    program = tl.program_id(0).to(tl.int64)
-    b = program // parts
-    keys = (program % parts * BLOCK_K).to(tl.int32) + tl.arange(0, BLOCK_K)
-    valid = are_valid(mask, b, keys, count_keys(lengths, b, Tk), Tk)
+    program, b, keys, valid = _find_part(lengths, mask, Tk, BLOCK_K)
     key_rows = row_pointers(key, b, keys, key_batch, key_row, UNIT)
     of_keys = _part_scores(
         batch_pointer(query, b, query_batch, UNIT), key_rows, vector, valid, scale, D, BLOCK_D, APPROXIMATE
@@ -265,12 +267,9 @@ def gradient_part(
     APPROXIMATE: tl.constexpr,
 ):
     """Of a part of a row's keys: the gradients of key and value, and shares of those of query and vector."""
+    program, b, keys, valid = _find_part(lengths, mask, Tk, BLOCK_K)
     parts = tl.cdiv(Tk, BLOCK_K)
-    program = tl.program_id(0).to(tl.int64)
-    b = program // parts
-    keys = (program % parts * BLOCK_K).to(tl.int32) + tl.arange(0, BLOCK_K)
     inside = keys < Tk
-    valid = are_valid(mask, b, keys, count_keys(lengths, b, Tk), Tk)
     largest, inverse, mean = _join_stats(stats + b * parts * 3, parts, 3, BLOCK_PARTS)
     score = tl.load(scores + b * Tk + keys, mask=valid, other=float("-inf"))
     weight = tl.where(valid, tl.exp(score - finite_base(largest)) * inverse, 0.0)
