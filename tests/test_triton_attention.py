@@ -20,7 +20,6 @@ SHAPES = [
     (3, 1, 1, 1, 1),
     (2, 5, 7, 17, 3),
     (3, 1, 150, 20, 33),  # one query, three parts of keys
-    (1, 1, 1100, 5, 3),  # one query, more parts than are joined at a time
     (2, 3, 70, 40, 70),  # few queries
     (1, 67, 40, 20, 16),  # more queries than a tile
 ]  # B, Tq, Tk, D, Dv
@@ -44,6 +43,11 @@ def test_outputs_and_gradients(score: str, B: int, Tq: int, Tk: int, D: int, Dv:
 @pytest.mark.parametrize("score", ["dot", "additive"])
 def test_padding(score: str, Tq: int, padding: str) -> None:
     check(make_problem(score, 3, Tq, 67, 5, 6, padding=padding), torch.float32)
+
+
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_more_parts_than_are_joined_at_a_time(score: str) -> None:
+    check(make_problem(score, 1, 1, 1100, 5, 3), torch.float32)
 
 
 @pytest.mark.parametrize("Tq", [1, 4])
