@@ -42,6 +42,15 @@ def test_a_grid_runs_at_once_or_not_at_all() -> None:
         config.plan("lstm", torch.bfloat16, 1024, 33, 1, "grid", False, H100)
 
 
+def test_large_batches_of_16_bits_have_larger_programs() -> None:
+    def rows(B: int, dtype: torch.dtype, tf32: bool = False, H: int = 64) -> int:
+        return config.plan("lstm", dtype, H, B, 1, "resident", tf32, H100).rows
+
+    assert [rows(B, torch.bfloat16) for B in (16, 4224, 4225)] == [16, 16, 32]
+    assert rows(4225, torch.float32) == rows(4225, torch.float32, tf32=True) == 16
+    assert rows(4225, torch.bfloat16, H=128) == 16
+
+
 def test_slices_pad_the_sum_least() -> None:
     for H, size in ((512, 64), (640, 16), (768, 32), (1024, 64), (100, 16)):
         found = config.plan("gru", torch.bfloat16, H, 16, 1, "grid", False, H100)

@@ -74,8 +74,19 @@ class Resources(NamedTuple):
 Kernels = dict[str, dict[str, Resources]]  # kernel -> target -> resources
 
 
-def run_layer(cell: str, dtype: torch.dtype, engine: str, H: int, B: int, D: int, tf32: bool, T: int = 3) -> None:
-    """Forward and backward of a layer with all that it may have."""
+def run_layer(
+    cell: str,
+    dtype: torch.dtype,
+    engine: str,
+    H: int,
+    B: int,
+    D: int,
+    tf32: bool,
+    T: int = 3,
+    *,
+    bare: bool = False,
+) -> None:
+    """Forward and backward of a layer with all that it may have; `bare`: forward alone, with nothing of that."""
     from rnnkern.triton import layer
 
     G = len(CELLS[cell].gates)
@@ -85,7 +96,12 @@ def run_layer(cell: str, dtype: torch.dtype, engine: str, H: int, B: int, D: int
 
     compute = compute_dtype(dtype)
     c0 = tensor(D, B, H, dtype=compute) if len(CELLS[cell].states) == 2 else None
-    weights = (tensor(G * H, H), tensor(G * H, H), tensor(G * H), tensor(G * H)) * D + (None,) * (8 - 4 * D)
+    biases = (None, None) if bare else (tensor(G * H), tensor(G * H))
+    weights = (tensor(G * H, H), tensor(G * H, H), *biases) * D + (None,) * (8 - 4 * D)
+    if bare:
+        arguments = layer.Layer(cell, tensor(T, B, H), tensor(D, B, H), c0, weights, None, None, tf32)
+        layer.forward(arguments, engine, False, False)
+        return
     lengths, resets = torch.full((B,), T), tensor(T, B, dtype=torch.bool)
     arguments = layer.Layer(cell, tensor(T, B, H), tensor(D, B, H), c0, weights, lengths, resets, tf32)
     y, h_n, _, c_all, saved = layer.forward(arguments, engine, True, True)
@@ -93,11 +109,21 @@ def run_layer(cell: str, dtype: torch.dtype, engine: str, H: int, B: int, D: int
     layer.backward(arguments, engine, y, h_n, dc_n, dc_all, y, saved, True, True, True, 0.0)
 
 
-def run_largest(cell: str, dtype: torch.dtype, engine: str, sizes: tuple[int, ...], tf32: bool) -> str:
+def run_largest(
+    cell: str,
+    dtype: torch.dtype,
+    engine: str,
+    sizes: tuple[int, ...],
+    tf32: bool = False,
+    *,
+    B: int = 16,
+    D: int = 1,
+    bare: bool = False,
+) -> str:
     """`run_layer` of the first size that the engine has room for."""
     for H in sizes:
         try:
-            run_layer(cell, dtype, engine, H, 16, 1, tf32)
+            run_layer(cell, dtype, engine, H, B, D, tf32, bare=bare)
         except RuntimeError as error:
             if "cannot run: " not in str(error):
                 raise
@@ -120,6 +146,16 @@ def layer_cases() -> Iterable[Case]:
                     yield Case(
                         name, cell == "lstm" and dtype == torch.bfloat16, functools.partial(run_largest, *arguments)
                     )
+    # What the table of configurations does only for these, and kernels that lack what those above have.
+    for engine in sizes:
+        of_lstm = functools.partial(run_largest, "lstm", torch.bfloat16, engine, sizes[engine])
+        yield Case("lstm bf16 D=2", False, functools.partial(of_lstm, D=2))
+        yield Case("lstm bf16 bare", False, functools.partial(of_lstm, bare=True))
+    for cell in CELLS:
+        many = functools.partial(run_largest, cell, torch.bfloat16, "resident", (64,), B=2**15)
+        yield Case(f"{cell} bf16 B=32768", False, many)
+    for cell in ("rnn_tanh", "rnn_relu"):
+        yield Case(f"{cell} bf16", False, functools.partial(run_largest, cell, torch.bfloat16, "resident", (256,)))
 
 
 def run_loss(dtype: torch.dtype, gradients: bool) -> str:

@@ -101,12 +101,14 @@ def _no_room(engine: str, weights: int, scratch: int, facts: Facts) -> str:
 def _resident(work: Work, facts: Facts, rows: int = 0, warps: int = 0) -> Plan | str:
     """The plan, or why there is none; 0: by rule."""
     units = max(power_of_two(work.H), 16)
-    why = _no_room("resident", _gates(work) * units * units * _weight_bytes(work, facts), SCRATCH, facts)
+    size = _weight_bytes(work, facts)
+    why = _no_room("resident", _gates(work) * units * units * size, SCRATCH, facts)
     if why:
         return why
     many = divide_up(work.B, 16) * work.D > 2 * facts.multiprocessors  # programs enough: larger ones spare weights
     warps = warps or (4 if facts.kind == "hip" or units < 64 else 8)
-    return Plan("resident", rows=rows or (32 if many and units <= 64 and warps == 8 else 16), units=units, warps=warps)
+    large = many and units <= 64 and warps == 8 and size == 2  # of wider weights, 32 rows spill
+    return Plan("resident", rows=rows or (32 if large else 16), units=units, warps=warps)
 
 
 def _grid(work: Work, facts: Facts, rows: int = 16, units: int = 16, warps: int = 0) -> Plan | str:
