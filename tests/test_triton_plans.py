@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import rnnkern
 from rnnkern import triton as kernels
 from rnnkern.cells import CELLS
 from rnnkern.ops._dispatch import TRITON_ENGINES
+from rnnkern.ops.products import widens
 from rnnkern.triton import config
 from rnnkern.triton.config import Facts
 
@@ -55,6 +57,16 @@ def test_slices_pad_the_sum_least() -> None:
     for H, size in ((512, 64), (640, 16), (768, 32), (1024, 64), (100, 16)):
         found = config.plan("gru", torch.bfloat16, H, 16, 1, "grid", False, H100)
         assert found.slice_size == size
+
+
+def test_products_that_widen_are_for_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on(gpu: bool) -> bool:
+        return widens(SimpleNamespace(is_cuda=gpu))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert (on(gpu=True), on(gpu=False)) == (True, False)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not on(gpu=True)
 
 
 def test_tf32_follows_the_setting() -> None:

@@ -33,6 +33,7 @@ from rnnkern import triton
 from rnnkern.cells.reference import compute_dtype, without_autocast
 from rnnkern.ops import _dispatch, onnx
 from rnnkern.ops.formulas import grad_of
+from rnnkern.ops.products import widens
 
 # Turns a chunk's logits [R, V] into dz, if gradients are wanted, and gives the losses [R] in the compute dtype:
 # (logits, target [R], scale [R] or None for ones, ignore_index, smoothing, gradients) -> losses
@@ -150,7 +151,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a b, for a total in the compute dtype of a and b."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda and torch.version.hip is None:  # the product comes in float32, which torch has for NVIDIA alone
+    elif widens(a):
         total += torch.mm(a, b, out_dtype=total.dtype)
     elif a.dtype == torch.bfloat16:
         total += a @ b

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops.products import widens
 from rnnkern.triton import config, grid, resident, stepwise
 from rnnkern.triton.cells import find_cell
 from rnnkern.triton.config import divide_up
@@ -33,13 +34,11 @@ def saved_sizes(cell: str, rows: int, D: int, H: int, dtype: torch.dtype) -> tup
 
 
 def multiply_batch(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b, a batch of products of one dtype; out may be in its compute dtype, and sums are in any case."""
-    if out.dtype == a.dtype:
-        torch.bmm(a, b, out=out)
-    elif a.is_cuda:
+    """out = a b, a batch of products; b is `Layer.factor` or its transpose, out is in the compute dtype."""
+    if out.dtype == b.dtype:
+        torch.bmm(a.to(b.dtype), b, out=out)
+    else:
         torch.bmm(a, b, out.dtype, out=out)
-    else:  # no such product
-        torch.bmm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 @dataclass
@@ -91,6 +90,10 @@ class Layer:
         stacked = self.stacked(which)
         assert stacked is not None
         return stacked
+
+    def factor(self) -> Tensor:
+        """W_hh for products into the compute dtype: in that dtype already where torch cannot widen what it sums."""
+        return self.w_hh if widens(self.w_hh) else self.w_hh.to(self.compute)
 
     def plan(self, engine: str, backward: bool) -> Plan:
         """How an engine runs a pass of this."""
@@ -166,7 +169,7 @@ def forward(layer: Layer, engine: str, return_states: bool, save: bool) -> tuple
             h[0].masked_fill_(
                 layer.sequence.resets[0][:, None], 0
             )  # an episode may start with direction 0's first step
-        w = layer.w_hh.transpose(1, 2)
+        w = layer.factor().transpose(1, 2)
         for step in range(layer.longest):
             multiply_batch(gh, h, w)
             launch(stepwise.forward_step, layer.tiles(plan), layer.sequence, given, gh, h, step, *sizes, **constants)
@@ -247,6 +250,7 @@ def backward(
             launch(grid.backward, layer.tiles(plan), layer.sequence, given, counters, first, last, *sizes, **constants)
     else:
         dgh_step, product = x.new_empty(D, B, gates), x.new_empty(D, B, H, dtype=compute)
+        factor = layer.factor()
         for step in reversed(range(-1, layer.longest)):
             launch(
                 stepwise.backward_step,
@@ -260,7 +264,7 @@ def backward(
                 **constants,
             )
             if step >= 0:
-                multiply_batch(product, dgh_step, layer.w_hh)
+                multiply_batch(product, dgh_step, factor)
 
     dgh = dgh.view(rows, D * gates)
     dgx = dgh if dgx is None else dgx.view(rows, D * gates)
