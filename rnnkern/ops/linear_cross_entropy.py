@@ -47,6 +47,7 @@ class Kind(NamedTuple):
     chunk: int  # logits of a chunk, about
     rows: int  # of a chunk at least: fewer make slow products
     selects: bool  # whether ignored rows are left out, which makes a GPU wait
+    stride: int  # rows of logits start at multiples of so many values
 
 
 def reference(
@@ -95,8 +96,9 @@ def _softmax(
 
 
 # 2^22 logits, 16 MiB in float32, stay in most CPUs' last-level cache between the product and the softmax. Each chunk
-# reads and writes the weight's gradient and packs the weight: with fewer than 256 rows that would show.
-CPU = Kind(_softmax, chunk=2**22, rows=256, selects=True)
+# reads and writes the weight's gradient and packs the weight: with fewer than 256 rows that would show. Nothing lies
+# between rows: torch's log_softmax would copy them.
+CPU = Kind(_softmax, chunk=2**22, rows=256, selects=True, stride=1)
 
 
 def _run(
@@ -124,8 +126,7 @@ def _run(
         _check_targets(target if kept is None else target[kept], V)
     count = N if kept is None else len(kept)
     rows = min(chunk_rows(kind, V), count)
-    # Rows start at multiples of 16 values: GPUs then read several at a time.
-    buffer = input.new_empty(rows, -(-V // 16) * 16)[:, :V]
+    buffer = input.new_empty(rows, -(-V // kind.stride) * kind.stride)[:, :V]
     with without_autocast(input.device.type):
         for start in range(0, count, max(rows, 1)):
             part: Any = slice(start, min(start + rows, count))
@@ -293,8 +294,8 @@ def _triton_softmax(*arguments: Any) -> Tensor:
     return softmax(*arguments)
 
 
-# 2^26 logits: see rnnkern/triton/linear_cross_entropy.py.
-TRITON = Kind(_triton_softmax, chunk=2**26, rows=256, selects=False)
+# 2^26 logits: see rnnkern/triton/linear_cross_entropy.py. A GPU reads several values at a time from where rows start.
+TRITON = Kind(_triton_softmax, chunk=2**26, rows=256, selects=False, stride=16)
 OPERATORS = {"cpu": register("", CPU), "triton": register("triton_", TRITON)}
 
 
