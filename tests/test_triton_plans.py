@@ -53,6 +53,14 @@ def test_large_batches_of_16_bits_have_larger_programs() -> None:
     assert rows(4225, torch.bfloat16, H=128) == 16
 
 
+def test_amd_launches_each_step_of_a_grid() -> None:
+    def found(facts: Facts) -> config.Plan:
+        return config.plan("lstm", torch.bfloat16, 1024, 16, 1, "", False, facts)
+
+    assert found(H100).cooperative
+    assert str(found(MI300)) == "grid, 16 rows x 16 units, 4 warps, a launch per step"
+
+
 def test_slices_pad_the_sum_least() -> None:
     for H, size in ((512, 64), (640, 16), (768, 32), (1024, 64), (100, 16)):
         found = config.plan("gru", torch.bfloat16, H, 16, 1, "grid", False, H100)

@@ -33,8 +33,12 @@ class Facts(NamedTuple):
 
     @property
     def cooperative(self) -> bool:
-        """Whether all programs of a launch can be made to run at once."""
-        return self.kind in ("cuda", "hip")
+        """Whether all programs of a launch can be made to run at once, and to see what others have stored.
+
+        Every NVIDIA GPU that Triton compiles for launches so. AMD's do, too; but what Triton makes of `grid.arrive` for
+        them lets the first wave of a program wait for its own stores alone: until that is proven on hardware, not there.
+        """
+        return self.kind == "cuda"
 
 
 _pretended: Facts | None = None
