@@ -113,6 +113,7 @@ for engine in TRITON_ENGINES:
             with recording(compile.TARGETS["sm_90"].facts) as launches:
                 compile.run_layer(cell, torch.bfloat16, engine, 36, B, 1, False, T)
             for launch in launches:
+                assert launch.constants["enable_fp_fusion"]
                 seen.add((launch.kernel.fn.__module__, launch.kernel.fn.__name__, repr(compile.describe(launch))))
                 for parameter, value in zip(launch.kernel.params, launch.arguments):
                     assert not isinstance(value, int) or parameter.do_not_specialize, parameter.name

@@ -42,6 +42,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """Runs a kernel on the current stream; an empty grid is no launch."""
     if 0 in grid:
         return
+    constants["enable_fp_fusion"] = True  # a * b + c in one instruction: Triton from 3.10 on does so on request only
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
         return
