@@ -140,5 +140,6 @@ def test_the_gate_finds_regressions(tmp_path: Path) -> None:
         "same on sm_90: spills 8 bytes, 0 before",
         "same on sm_90: 1001 bytes of shared memory, 1000 before",
     ]
+    assert found(40, 232449, 0)[0] == "same on sm_90: 232449 bytes of shared memory, there are 232448"
     assert found(40, 0, 0, name="other") == ["same: gone", "other on sm_90: new"]
     assert found(40, 0, 0, name="other", whole=False) == ["other on sm_90: new"]

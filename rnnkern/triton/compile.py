@@ -5,9 +5,9 @@
 A case runs a layer on tensors without memory and lists what it would launch on a GPU of given facts
 (`rnnkern.triton.launch.recording`), so that kernels are compiled for the very arguments and constants that they run
 with. Writes a table to build/triton-resources.md and compares with resources.json beside this file, which has a part
-for each version of Triton that was asked: fails where a kernel spills more, or needs more registers or shared memory
-than before, and where one comes or goes without `--update`, which writes resources.json anew. `--quick` takes some of
-the cases, for every change.
+for each version of Triton that was asked: fails where a kernel needs more shared memory than a program may have, spills
+more, or needs more registers or shared memory than before, and where one comes or goes without `--update`, which writes
+resources.json anew. `--quick` takes some of the cases, for every change.
 """
 
 import argparse
@@ -322,6 +322,9 @@ def regressions(found: Kernels, recorded: dict[str, dict[str, list[int]]], whole
     for name, of in found.items():
         for target, now in of.items():
             where = f"{name} on {target}"
+            room = TARGETS[target].facts.shared_bytes
+            if now.shared > room:
+                wrong.append(f"{where}: {now.shared} bytes of shared memory, there are {room}")
             if target not in recorded.get(name, {}):
                 wrong.append(f"{where}: new")
                 continue

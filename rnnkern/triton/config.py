@@ -17,8 +17,6 @@ from rnnkern.cells import CELLS
 from rnnkern.triton import interprets, table
 from rnnkern.triton.table import Plan, Work
 
-# Bytes of shared memory that a program has besides weights, at most: sums and changes of layout.
-SCRATCH = 20480
 # AMD's compiler keeps weights in registers, of which a program of 4 warps has 512 KB; above these bytes it spills.
 REGISTER_WEIGHTS = {"resident": 49152, "grid": 131072}
 
@@ -36,7 +34,7 @@ class Facts(NamedTuple):
         """Whether all programs of a launch can be made to run at once, and to see what others have stored.
 
         Every NVIDIA GPU that Triton compiles for launches so. AMD's do, too; but what Triton makes of `grid.arrive` for
-        them lets the first wave of a program wait for its own stores alone: until that is proven on hardware, not there.
+        them lets the first wave of a program wait for its own stores alone: not there, until hardware has proven it.
         """
         return self.kind == "cuda"
 
@@ -106,13 +104,13 @@ def _resident(work: Work, facts: Facts, rows: int = 0, warps: int = 0) -> Plan |
     """The plan, or why there is none; 0: by rule."""
     units = max(power_of_two(work.H), 16)
     size = _weight_bytes(work, facts)
-    why = _no_room("resident", _gates(work) * units * units * size, SCRATCH, facts)
-    if why:
-        return why
     many = divide_up(work.B, 16) * work.D > 2 * facts.multiprocessors  # programs enough: larger ones spare weights
     warps = warps or (4 if facts.kind == "hip" or units < 64 else 8)
     large = many and units <= 64 and warps == 8 and size == 2  # of wider weights, 32 rows spill
-    return Plan("resident", rows=rows or (32 if large else 16), units=units, warps=warps)
+    rows = rows or (32 if large else 16)
+    # Besides weights: a tile of the state on its way from one layout to another, in float32, or in two parts of TF32.
+    why = _no_room("resident", _gates(work) * units * units * size, rows * units * max(size, 4), facts)
+    return why or Plan("resident", rows, units, warps)
 
 
 def _grid(work: Work, facts: Facts, rows: int = 16, units: int = 16, warps: int = 0) -> Plan | str:
@@ -123,7 +121,10 @@ def _grid(work: Work, facts: Facts, rows: int = 16, units: int = 16, warps: int 
     while slice_size > 16 and divide_up(H, warps * slice_size) * slice_size > divide_up(H, warps * 16) * 16:
         slice_size //= 2  # while that pads H less
     weights = _gates(work) * units * divide_up(H, warps * slice_size) * warps * slice_size * size
-    why = _no_room("grid", weights, SCRATCH if size < 8 else 2 * SCRATCH, facts)
+    # Besides weights: h of a chunk on its way into products, and after these the slices' sums; neither is in two parts
+    # of TF32, as `size` has it.
+    scratch = rows * warps * max(slice_size * min(size, 4), units * 4)
+    why = _no_room("grid", weights, scratch, facts)
     if why:
         return why
     programs = divide_up(H, units) * divide_up(work.B, rows) * work.D

@@ -8,7 +8,8 @@ a tile that is only U wide, and the slices are added at the end: one order, no f
 
 All steps run in one cooperative launch, in which the programs of a group wait for each other by a counter; or each step
 [first, last) in one launch of its own: the same code, for devices that cannot launch so or where nobody has proven that
-it works (AMD's: see config.py), and for the interpreter, which runs programs one after another. Nothing but y, c_n, dgh, dh0 and dc0 passes from step to step, and these are in memory.
+it works (AMD's: see config.py), and for the interpreter, which runs programs one after another. Nothing but y, c_n,
+dgh, dh0 and dc0 passes from step to step, and these are in memory.
 
 Napkin, H100, LSTM, bf16, H = 1024, 16 rows: U = 16, 64 programs of 8 warps, 128 KB of weights each. A warp's share of a
 step is 4 gates x 8 k x 2 n = 64 mma of 16x8x16, 32 clocks each on its tensor core: 2,100; h is 32 KB from L2, at 64
