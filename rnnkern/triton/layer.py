@@ -64,6 +64,11 @@ class Layer:
         longest, padded = self.T, False
         lengths = offsets = None
         if self.lengths is not None:
+            if self.x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(  # copies from pageable memory cannot be captured
+                    "lengths on the CPU cannot go into a CUDA graph by Triton's kernels: capture a layer without lengths, "
+                    "or run backend 'cuda'"
+                )
             longest = int(self.lengths.max()) if self.B > 0 else 0
             self.T = longest if packed else self.T
             padded = not packed and self.B > 0 and int(self.lengths.min()) < self.T
