@@ -39,7 +39,7 @@ class Facts(NamedTuple):
         return self.kind == "cuda"
 
 
-_pretended: Facts | None = None
+_pretended: Facts | None = None  # of the process, not of a thread: compile.py and tests alone set it
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ class Launch:
     constants: dict[str, Any] = field(default_factory=dict)
 
 
-_recorded: list[Launch] | None = None
+_recorded: list[Launch] | None = None  # of the process, as config's facts are: compile.py and tests have one thread
 
 
 @contextlib.contextmanager
