@@ -11,6 +11,8 @@ import rnnkern
 from rnnkern import triton as kernels
 from rnnkern.cells import CELLS
 from rnnkern.ops._dispatch import TRITON_ENGINES
+from rnnkern.triton import config
+from rnnkern.triton.config import Facts
 from tests.helpers import Layer, assert_as_accurate, make_layer
 from tests.test_recurrence import lengths_like, names
 
@@ -68,6 +70,23 @@ def odd_layer(cell: str, dtype: torch.dtype) -> Layer:
 def test_lengths_and_resets(cell: str, engine: str, dtype: torch.dtype) -> None:
     layer = odd_layer(cell, dtype)
     assert_as_accurate(layer.run("triton", engine=engine), layer.run_reference(), layer.run("eager"), dtype)
+
+
+@pytest.mark.parametrize("engine", ["stepwise", "grid"])
+def test_units_of_several_tiles_and_chunks(engine: str) -> None:
+    layer = make_layer("rnn_tanh", 3, 2, 4, 140)
+    actual = layer.run("triton", engine=engine)
+    assert_as_accurate(actual, layer.run_reference(), layer.run_torch(), torch.float32)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_programs_of_32_rows(cell: str) -> None:
+    layer = make_layer(cell, 2, 35, 4, 40, lengths=torch.arange(35) % 3, dtype=torch.float16)
+    with config.pretending(Facts("interpreter", 1, 232448)):
+        facts = config.facts_of(layer.x.device)
+        assert config.plan(cell, torch.float16, 40, 35, 1, "resident", False, facts).rows == 32
+        actual = layer.run("triton", engine="resident")
+    assert_as_accurate(actual, layer.run_reference(), layer.run("eager"), torch.float16)
 
 
 @pytest.mark.parametrize("engine", TRITON_ENGINES)
