@@ -66,8 +66,7 @@ class Layer:
         if self.lengths is not None:
             if self.x.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(  # copies from pageable memory cannot be captured
-                    "lengths on the CPU cannot go into a CUDA graph by Triton's kernels: capture a layer without lengths, "
-                    "or run backend 'cuda'"
+                    "a CUDA graph does not take lengths on the CPU to Triton's kernels: capture a layer without lengths"
                 )
             longest = int(self.lengths.max()) if self.B > 0 else 0
             self.T = longest if packed else self.T
