@@ -62,7 +62,7 @@ def test_amd_launches_each_step_of_a_grid() -> None:
 
 
 def test_slices_pad_the_sum_least() -> None:
-    for H, size in ((512, 64), (640, 16), (768, 32), (1024, 64), (100, 16)):
+    for H, size in ((512, 64), (640, 16), (768, 32), (1024, 64), (100, 16), (1168, 32), (1296, 64)):
         found = config.plan("gru", torch.bfloat16, H, 16, 1, "grid", False, H100)
         assert found.slice_size == size
 

@@ -154,6 +154,8 @@ def layer_cases() -> Iterable[Case]:
     for cell in CELLS:
         many = functools.partial(run_largest, cell, torch.bfloat16, "resident", (64,), B=2**15)
         yield Case(f"{cell} bf16 B=32768", False, many)
+    for H in (640, 1152):  # slices of 16 and of 32
+        yield Case("lstm bf16", False, functools.partial(run_largest, "lstm", torch.bfloat16, "grid", (H,)))
     for cell in ("rnn_tanh", "rnn_relu"):
         yield Case(f"{cell} bf16", False, functools.partial(run_largest, cell, torch.bfloat16, "resident", (256,)))
 

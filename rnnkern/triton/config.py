@@ -19,6 +19,8 @@ from rnnkern.triton.table import Plan, Work
 
 # AMD's compiler keeps weights in registers, of which a program of 4 warps has 512 KB; above these bytes it spills.
 REGISTER_WEIGHTS = {"resident": 49152, "grid": 131072}
+# Any compiler keeps a grid's weights in registers if slices are of 16: with 8 warps 81920 bytes do not spill, 114688 do.
+SLICES_OF_16 = 81920
 
 
 class Facts(NamedTuple):
@@ -117,10 +119,14 @@ def _grid(work: Work, facts: Facts, rows: int = 16, units: int = 16, warps: int 
     """The plan, or why there is none; 0: by rule."""
     H, size = work.H, _weight_bytes(work, facts)
     warps = warps or (4 if facts.kind == "hip" else 8)
-    slice_size = max(16, min(power_of_two(divide_up(H, warps)), 64))
-    while slice_size > 16 and divide_up(H, warps * slice_size) * slice_size > divide_up(H, warps * 16) * 16:
-        slice_size //= 2  # while that pads H less
-    weights = _gates(work) * units * divide_up(H, warps * slice_size) * warps * slice_size * size
+
+    def weights_in(slice_size: int) -> int:
+        return _gates(work) * units * divide_up(H, warps * slice_size) * warps * slice_size * size
+
+    longest = max(16, power_of_two(divide_up(H, warps)))
+    few = weights_in(16) <= SLICES_OF_16
+    slice_size = min((s for s in (64, 32, 16) if s <= longest and (few or s > 16)), key=weights_in)  # pads H least
+    weights = weights_in(slice_size)
     # Besides weights: h of a chunk on its way into products, and after these the slices' sums; neither is in two parts
     # of TF32, as `size` has it.
     scratch = rows * warps * max(slice_size * min(size, 4), units * 4)
