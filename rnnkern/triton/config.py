@@ -19,7 +19,7 @@ from rnnkern.triton.table import Plan, Work
 
 # AMD's compiler keeps weights in registers, of which a program of 4 warps has 512 KB; above these bytes it spills.
 REGISTER_WEIGHTS = {"resident": 49152, "grid": 131072}
-# Any compiler keeps a grid's weights in registers if slices are of 16: with 8 warps 81920 bytes do not spill, 114688 do.
+# Any GPU's compiler keeps them there if a grid's slices are of 16: with 8 warps 81920 bytes do not spill, 114688 do.
 SLICES_OF_16 = 81920
 
 
