@@ -124,7 +124,7 @@ def _grid(work: Work, facts: Facts, rows: int = 16, units: int = 16, warps: int 
         return _gates(work) * units * divide_up(H, warps * slice_size) * warps * slice_size * size
 
     longest = max(16, power_of_two(divide_up(H, warps)))
-    few = weights_in(16) <= SLICES_OF_16
+    few = longest == 16 or weights_in(16) <= SLICES_OF_16
     slice_size = min((s for s in (64, 32, 16) if s <= longest and (few or s > 16)), key=weights_in)  # pads H least
     weights = weights_in(slice_size)
     # Besides weights: h of a chunk on its way into products, and after these the slices' sums; neither is in two parts
