@@ -8,9 +8,9 @@
   config.py      which engine, and how it cuts a layer; layer.py: the layer around the recurrence
   tune.py        measures what config.py could choose; table.py: the user's own table, where the fastest stands
   activations.py tanh and sigmoid, for the cells
-  attention.py   attention, forward and backward: which kernels run; attention_call.py: its arguments, and how they are cut
+  attention.py   attention, forward and backward: which kernels run; attention_call.py: its arguments and their cut
   attention_single.py  kernels for one query per row
-  attention_pairs.py   kernels for several; attention_additive.py: their additive scores; attention_many.py: the launches
+  attention_pairs.py   kernels for several; attention_additive.py: additive scores; attention_many.py: the launches
   attention_parts.py   what these kernels share
   linear_cross_entropy.py  the loss of a chunk of logits and its gradient
   launch.py      the one way to run a kernel; compile.py: all kernels ahead of time, and what they need
