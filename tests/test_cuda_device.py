@@ -75,7 +75,9 @@ def skip_refused(engine: str, dtype: torch.dtype = torch.float32) -> Iterator[No
     try:
         yield
     except rnnkern.BackendUnavailable as refusal:
-        if engine == "automatic" or (dtype != torch.float64 and torch.cuda.get_device_capability() >= (9, 0)):
+        if engine in ("automatic", "stepwise") or (
+            dtype != torch.float64 and torch.cuda.get_device_capability() >= (9, 0)
+        ):
             raise
         pytest.skip(str(refusal))
 

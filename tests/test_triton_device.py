@@ -48,23 +48,32 @@ def _no_tf32() -> Iterator[None]:
 
 
 @contextmanager
-def skip_refused(engine: str | None) -> Iterator[None]:
-    """Skips what an engine that was asked for by name refuses: float64, and what it has no room for on this GPU."""
+def skip_refused(engine: str | None, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Skips what an engine that was asked for by name may refuse.
+
+    float64; float32 by programs that hold all weights; before Hopper, and on AMD, also what has no room there. Sizes
+    here are small: all else has to run.
+    """
     try:
         yield
     except rnnkern.BackendUnavailable as refusal:
-        if engine is None:
+        allowed = dtype == torch.float64 or (engine == "resident" and dtype == torch.float32)
+        if engine in (None, "stepwise") or not (allowed or not hopper()):
             raise
         pytest.skip(str(refusal))
 
 
+def hopper() -> bool:
+    """Or later."""
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+
+
 def run(layer: Layer, engine: str | None) -> dict[str, Tensor]:
-    with skip_refused(engine):
+    with skip_refused(engine, layer.x.dtype):
         return on_cpu(on_device(layer).run("triton", engine=engine))
 
 
 every_engine = pytest.mark.parametrize("engine", [None, *TRITON_ENGINES])
-with_attention = pytest.mark.skipif("triton" not in ops.attention.OPERATORS, reason="Triton has no attention")
 
 
 @every_engine
@@ -128,8 +137,11 @@ def test_a_large_grid_is_right_and_one_launch(H: int, T: int, monkeypatch: pytes
     try:
         plan = config.plan("lstm", torch.bfloat16, H, 16, 1, "grid", False, facts)
     except RuntimeError as error:
+        if hopper():
+            raise
         pytest.skip(str(error))
     if not plan.cooperative:
+        assert not hopper()
         pytest.skip("this GPU launches no cooperative grids")
     from rnnkern.triton import layer as layers
 
@@ -248,7 +260,6 @@ def test_a_loss_is_held_by_a_graph_and_waits_for_nothing() -> None:
     assert_nothing_waits(loss_work())
 
 
-@with_attention
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("Tq", [1, 5])
 @pytest.mark.parametrize("score", ["general", "additive"])
@@ -278,7 +289,6 @@ def test_the_current_stream_is_used(engine: str | None) -> None:
     assert_same_bits(on_cpu(found), on_cpu(expected))
 
 
-@with_attention
 @pytest.mark.parametrize("dtype", LOW_AND_SINGLE, ids=names)
 @pytest.mark.parametrize("Tq", [1, 5, 40])
 @pytest.mark.parametrize("score", SCORES)
