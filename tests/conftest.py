@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,14 @@ def disabled_afterwards() -> Iterator[None]:
     """Whatever `rnnkern.enable` did is undone."""
     yield
     rnnkern.disable()
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The GPU report's sweeps run on the CPU; its results, in a folder of the test."""
+    from tests.gpu_dry_run import run_on_the_cpu
+
+    return run_on_the_cpu(monkeypatch, tmp_path)
 
 
 @pytest.fixture
