@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
 import rnnkern
-from benchmarks.runtimes import PeerUnavailable
+from benchmarks.runtimes import compiled_runner
 from rnnkern._bench.cases import OURS
 
 EAGER, COMPILED, SDPA = "eager", "torch.compile", "sdpa"
@@ -58,7 +58,7 @@ class AttentionCase:
             name: lambda function=function: self._runner(function) for name, function in functions.items()
         }
         if self.score == "additive" or self.device != "cpu":
-            found[COMPILED] = lambda: self._compiled(functions[EAGER])
+            found[COMPILED] = lambda: compiled_runner(self._runner, functions[EAGER])
         return found
 
     def _runner(self, function: Callable[..., Tensor]) -> Callable[[], object]:
@@ -67,14 +67,6 @@ class AttentionCase:
             return lambda: function(*inputs)
         gradient = torch.ones(self.B, self.Tq, self.D, dtype=self.dtype, device=self.device)
         return lambda: torch.autograd.grad(function(*inputs), inputs, gradient)
-
-    def _compiled(self, function: Callable[..., Tensor]) -> Callable[[], object]:
-        run = self._runner(torch.compile(function, dynamic=False))
-        try:
-            run()  # it compiles at the first call
-        except Exception as error:  # of many types: no compiler, no headers, a compiler that fails
-            raise PeerUnavailable(str(error).strip().split("\n")[0]) from error
-        return run
 
 
 def ours(score: str, need_weights: bool, query: Tensor, key: Tensor, value: Tensor, *parameter: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A decoder's loss over its vocabulary: ours, torch's two functions, and torch's own chunks where it has them."""
+"""A decoder's loss over its vocabulary: ours, torch's two functions, also compiled, and its chunks if it has them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
 import rnnkern
-from benchmarks.attention import EAGER
-from benchmarks.runtimes import PeerUnavailable
+from benchmarks.attention import COMPILED, EAGER
+from benchmarks.runtimes import PeerUnavailable, compiled_runner
 from rnnkern._bench.cases import OURS
 
 CHUNKED = "torch chunked"
@@ -26,6 +26,7 @@ class LossCase:
     training: bool = False
     padding: float = 0.0
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -36,18 +37,24 @@ class LossCase:
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """input [N, D], weight [V, D], bias [V] and target [N]."""
-        generator = torch.Generator().manual_seed(0)
-        made = (torch.randn(shape, generator=generator) for shape in ((self.N, self.D), (self.V, self.D), (self.V,)))
+        generator = torch.Generator(self.device).manual_seed(0)
+        where: dict[str, Any] = {"generator": generator, "device": self.device}
+        made = (torch.randn(shape, **where) for shape in ((self.N, self.D), (self.V, self.D), (self.V,)))
         x, weight, bias = (tensor.to(self.dtype) for tensor in made)
         weight *= self.D**-0.5  # logits of about one
-        target = torch.randint(self.V, (self.N,), generator=generator)
-        target[torch.rand(self.N, generator=generator) < self.padding] = -100
+        target = torch.randint(self.V, (self.N,), **where)
+        target[torch.rand(self.N, **where) < self.padding] = -100
         return *(tensor.requires_grad_(self.training) for tensor in (x, weight, bias)), target
 
     def builders(self) -> dict[str, Callable[[], Callable[[], object]]]:
         """What builds each implementation, ours first; PeerUnavailable where it cannot run here."""
         functions = {OURS: rnnkern.functional.linear_cross_entropy, EAGER: eager, CHUNKED: chunked}
-        return {name: lambda function=function: self._runner(function) for name, function in functions.items()}
+        found: dict[str, Callable[[], Callable[[], object]]] = {
+            name: lambda function=function: self._runner(function) for name, function in functions.items()
+        }
+        if self.device != "cpu":
+            found[COMPILED] = lambda: compiled_runner(self._runner, eager)
+        return found
 
     def _runner(self, function: Callable[..., Tensor]) -> Callable[[], object]:
         if function is chunked and not hasattr(torch.nn, "LinearCrossEntropyOptions"):

@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO: sessions on torch's threads whose inputs and outputs are torch tensors."""
+"""What runs beside torch itself: torch.compile; ONNX Runtime and OpenVINO, sessions on torch's threads and tensors."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,6 +10,22 @@ from torch import Tensor
 
 class PeerUnavailable(RuntimeError):
     """A peer cannot run here; the message says why."""
+
+
+def compiled_runner(
+    runner: Callable[[Callable[..., Tensor]], Callable[[], object]], function: Callable[..., Tensor]
+) -> Callable[[], object]:
+    """What `runner` makes of the function by torch.compile, which compiles it here, at a first call.
+
+    Raises:
+        PeerUnavailable: it cannot be compiled.
+    """
+    try:
+        run = runner(torch.compile(function, dynamic=False))
+        run()
+    except Exception as error:  # of many types: no compiler, no headers, a compiler that fails
+        raise PeerUnavailable(str(error).strip().split("\n")[0]) from error
+    return run
 
 
 def onnxruntime_session(model: bytes) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu import attention, cases, device, layers, results, sweep
+from benchmarks.gpu import cases, device, functional, layers, results, small, sweep
 from benchmarks.gpu.results import Results
 from rnnkern._bench.cases import Case
 
@@ -28,7 +28,7 @@ class HostClock:
 
 def run_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Results:
     """Until the test ends the sweeps run on the CPU; what asks the GPU is told something."""
-    for module in (layers, attention):
+    for module in (layers, functional, small):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     for name, value in {
         "synchronize": None,

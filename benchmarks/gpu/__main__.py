@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, ROOT
-from benchmarks.gpu import attention, cases, commands, layers, summary
+from benchmarks.gpu import cases, commands, functional, layers, summary
 from benchmarks.gpu.device import DeviceClock
 from benchmarks.gpu.machine import CannotRun, need_engines, need_gpu
 from benchmarks.gpu.results import NAME, Results
@@ -20,7 +20,7 @@ from benchmarks.gpu.sweep import Row, run
 from rnnkern import triton
 from rnnkern.__main__ import seconds as some_seconds
 
-PARTS = ("build", "tests", "sanitize", "latencies", "layers", "kernels", "attention", "summary")
+PARTS = ("build", "tests", "sanitize", "latencies", "layers", "kernels", "attention", "loss", "summary")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,22 +51,20 @@ def kernel_rows(arguments: argparse.Namespace) -> list[cases.LayerCase]:
     return [row for row in layer_rows(arguments) if row.case.T in cases.FIRST["T"]]
 
 
-def attention_rows(arguments: argparse.Namespace) -> list[attention.AttentionCase]:
-    return [row for row in attention.all_cases() if arguments.only in row.name]
+def functional_rows(part: str, arguments: argparse.Namespace) -> list[functional.Case]:
+    of = {"attention": functional.attention_cases, "loss": functional.loss_cases}
+    return [row for row in of[part]() if arguments.only in row.name]
 
 
 def names(part: str, arguments: argparse.Namespace) -> list[str]:
     """What the part would measure."""
-    listed: dict[str, Callable[[argparse.Namespace], Sequence[cases.LayerCase | attention.AttentionCase]]] = {
-        "layers": layer_rows,
-        "kernels": kernel_rows,
-        "attention": attention_rows,
-    }
-    if part in listed:
-        return [row.name for row in listed[part](arguments)]
+    if part in ("attention", "loss"):
+        return [row.name for row in functional_rows(part, arguments)]
+    if part in ("layers", "kernels"):
+        return [row.name for row in (layer_rows if part == "layers" else kernel_rows)(arguments)]
     if part == "latencies":
         return list(commands.latency_names())
-    return list(arguments.tools) if part == "sanitize" else [part]
+    return commands.sanitized(arguments.tools, arguments.only) if part == "sanitize" else [part]
 
 
 def run_layers(arguments: argparse.Namespace) -> int:
@@ -82,12 +80,12 @@ def run_kernels(arguments: argparse.Namespace) -> int:
     return run_rows("kernels", rows, layers.kernels_line, arguments)
 
 
-def run_attention(arguments: argparse.Namespace) -> int:
-    need_gpu()
+def run_functional(arguments: argparse.Namespace) -> int:
+    need_engines()
     clock = DeviceClock()
-    chosen = attention_rows(arguments)
-    rows = [Row(row.name, lambda row=row: attention.measure(row, clock, arguments.each)) for row in chosen]
-    return run_rows("attention", rows, attention.line, arguments)
+    chosen = functional_rows(arguments.part, arguments)
+    rows = [Row(row.name, lambda row=row: functional.measure(row, clock, arguments.each)) for row in chosen]
+    return run_rows(arguments.part, rows, functional.line, arguments)
 
 
 def run_rows(part: str, rows: list[Row], line: Callable[[str, dict], str], arguments: argparse.Namespace) -> int:
@@ -108,7 +106,8 @@ def run_part(arguments: argparse.Namespace) -> int:
     """Runs one part; its exit status."""
     if arguments.part == "build":
         return commands.build(arguments.seconds)
-    own = {"layers": run_layers, "kernels": run_kernels, "attention": run_attention, "summary": summarize}
+    own = {"layers": run_layers, "kernels": run_kernels, "summary": summarize}
+    own |= dict.fromkeys(("attention", "loss"), run_functional)
     if arguments.part in own:
         return own[arguments.part](arguments)
     need_gpu()
@@ -116,7 +115,7 @@ def run_part(arguments: argparse.Namespace) -> int:
     if arguments.part == "tests":
         return commands.tests(results, arguments.seconds)
     if arguments.part == "sanitize":
-        return commands.sanitize(results, arguments.seconds, arguments.tools)
+        return commands.sanitize(results, arguments.seconds, names("sanitize", arguments))
     return commands.latencies(results, arguments.seconds)
 
 

@@ -1,6 +1,7 @@
 """The parts that run another program: the build, the tests, compute-sanitizer, the latencies."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import ROOT
-from benchmarks.gpu.machine import CannotRun, architecture, need_engines, need_gpu, need_kernels, need_program
+from benchmarks.gpu import small
+from benchmarks.gpu.machine import CannotRun, architecture, need_engines, need_gpu, need_program
 from benchmarks.gpu.results import Results
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -91,11 +93,18 @@ def test_counts(output: str) -> dict[str, Any]:
     }
 
 
+def in_parallel() -> list[str]:
+    """pytest's options for several processes, where pytest-xdist is installed: most of the time Triton compiles."""
+    cores = len(os.sched_getaffinity(0))
+    return ["-n", str(min(cores // 2, 8))] if importlib.util.find_spec("xdist") is not None and cores > 3 else []
+
+
 def tests(results: Results, seconds: float) -> int:
     """Runs the tests that are marked cuda."""
     need_engines()
     part = results.begin("tests")
     command = [sys.executable, "-m", "pytest", "-m", "cuda", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+    command += in_parallel()
     files = sorted(path for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.cuda" in path.read_text())
     status, output = stream([*command, *files], seconds)  # others may import what is not installed here
     part.add("pytest -m cuda", {"status": status, **test_counts(output)})
@@ -114,34 +123,43 @@ def sanitizer_report(output: str) -> dict[str, Any]:
     return {"errors": counted[-1] if counted else None, "first": list(dict.fromkeys(errors))[:5]}
 
 
-def only_ours(help_text: str) -> list[str]:
-    """The option that confines compute-sanitizer to our kernels, as this version spells it."""
+def only_ours(help_text: str, backend: str) -> list[str]:
+    """The options that confine compute-sanitizer to our kernels, as this version spells them: those of any filter."""
+    filters = ["kns=rnnkern"] if backend == "cuda" else [f"kne={name}" for name in small.triton_kernels()]
     for option in ("--kernel-name", "--kernel-regex"):
         if re.search(rf"{option}\b(?!-)", help_text):
-            return [option, "kns=rnnkern"]
+            return [word for each in filters for word in (option, each)]
     return []
 
 
-def sanitize(results: Results, seconds: float, tools: Sequence[str] = TOOLS) -> int:
-    """Runs small calls under each tool of compute-sanitizer; races and reads of what nothing wrote, in our kernels."""
-    need_kernels()
+def sanitized(tools: Sequence[str], only: str = "") -> list[str]:
+    """The rows of the part: a tool and a backend."""
+    return [name for tool in tools for backend in small.BACKENDS if only in (name := f"{tool} {backend}")]
+
+
+def sanitize(results: Results, seconds: float, rows: Sequence[str]) -> int:
+    """Runs small calls under compute-sanitizer's tools: races, and reads of what nothing wrote, in our kernels."""
+    need_engines()
     program = need_program("compute-sanitizer")
     part = results.begin("sanitize")
     help_text = subprocess.run([program, "--help"], capture_output=True, text=True).stdout
     begin, wrong = time.perf_counter(), 0
-    for tool in tools:
+    for name in rows:
+        tool, backend = name.split()
+        if why := small.missing(backend):
+            part.add(name, {"skipped": why})
+            continue
         left = seconds - (time.perf_counter() - begin)
         if left < 30:
-            print(f"sanitize: the time is spent before {tool}: run --tools {tool}")
+            print(f"sanitize: the time is spent before {name}: run --tools {tool} --only {backend}")
             wrong = 1
             break
-        command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20", *only_ours(help_text)]
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+        command += [*only_ours(help_text, backend), sys.executable, "-m", "benchmarks.gpu.small", backend]
         # Each tensor an allocation of its own, so that reading past its end is an error.
-        status, output = stream(
-            [*command, sys.executable, "-m", "benchmarks.gpu.small"], left, PYTORCH_NO_CUDA_MEMORY_CACHING="1"
-        )
+        status, output = stream(command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         row = {"status": status, **sanitizer_report(output)}
-        part.add(tool, row)
+        part.add(name, row)
         wrong |= int(status != 0 or row["errors"] != 0)
         results.save()
     part.end()

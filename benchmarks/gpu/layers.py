@@ -1,34 +1,22 @@
 """Recurrent layers on a GPU: ours, as it chooses and by each engine in CUDA and Triton, against cuDNN and eager."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-import rnnkern
+from benchmarks.attention import EAGER
+from benchmarks.gpu.candidates import CUDA, TRITON, Function, choice, disagreements, forced, times_of, try_all, wrong_in
 from benchmarks.gpu.cases import LayerCase
 from benchmarks.gpu.device import DEVICE, DeviceClock, call_seconds, float32_products, kernels, peak_mib
-from benchmarks.peers import TOLERANCES, PeerDisagrees, check_agreement
+from benchmarks.peers import TOLERANCES
 from rnnkern import _library
 from rnnkern._bench.cases import OURS, TORCH, modules, runner
 from rnnkern._bench.timing import compare
 from rnnkern.ops._dispatch import ENGINES, TRITON_ENGINES, cuda_plan
 
-EAGER, PROJECTION, TRITON = "eager", "projection", f"{OURS} triton"
+PROJECTION = "projection"
 EAGER_ROUNDS, EAGER_UP_TO_STEPS = 3, 100
-Function = Callable[[], object]
-
-
-def forced(function: Function, backend: str, engine: str | None = None) -> Function:
-    """The function with a backend, and an engine of it, forced."""
-    options = {} if engine is None else {"engine": engine}
-
-    def run() -> object:
-        with rnnkern.backend(backend, **options):
-            return function()
-
-    return run
 
 
 def projection(row: LayerCase) -> Function:
@@ -40,14 +28,18 @@ def projection(row: LayerCase) -> Function:
 
 
 def candidates(row: LayerCase) -> dict[str, Function]:
-    """What is compared, ours first; some may refuse when they are called."""
+    """What is compared; some may refuse when they are called.
+
+    Engines stand before what chooses among them, so that their first calls are those that compile.
+    """
     case = row.case
     of = modules(case, DEVICE)
     ours, theirs = runner(case, of[OURS], DEVICE), runner(case, of[TORCH], DEVICE)
-    found = {OURS: ours, TORCH: theirs}
-    found |= {f"{OURS} {engine}": forced(ours, "cuda", engine) for engine in ENGINES}
-    found[TRITON] = forced(ours, "triton")
-    found |= {f"{TRITON} {engine}": forced(ours, "triton", engine) for engine in TRITON_ENGINES}
+    found = {}
+    for name, backend, engines in ((CUDA, "cuda", ENGINES), (TRITON, "triton", TRITON_ENGINES)):
+        found |= {f"{name} {engine}": forced(ours, backend, engine) for engine in engines}
+        found[name] = forced(ours, backend)
+    found |= {OURS: ours, TORCH: theirs}
     if case.T <= EAGER_UP_TO_STEPS:
         found[EAGER] = forced(ours, "eager")
     if not case.training and case.layers == 1:
@@ -55,29 +47,9 @@ def candidates(row: LayerCase) -> dict[str, Function]:
     return found
 
 
-def try_all(functions: dict[str, Function]) -> tuple[dict[str, Function], dict[str, str], dict[str, float]]:
-    """The functions that run, why others do not, and the seconds of first calls, in which kernels may be compiled.
-
-    What breaks the GPU's context is raised.
-    """
-    running, refused, first_calls = {}, {}, {}
-    for name, function in functions.items():
-        begin = time.perf_counter()
-        try:
-            function()
-            torch.cuda.synchronize()
-            running[name], first_calls[name] = function, time.perf_counter() - begin
-        except torch.AcceleratorError:
-            raise
-        except RuntimeError as error:  # BackendUnavailable, no memory, an engine's own refusal
-            refused[name] = str(error).strip().split("\n")[0][:300]
-            torch.cuda.empty_cache()
-    return running, refused, first_calls
-
-
-def choice(function: Function) -> str:
-    """What `rnnkern.explain` says ran, without the facts of the CPU."""
-    return "; ".join(map(str, rnnkern.explain(function).layers))
+def builders(functions: dict[str, Function]) -> dict[str, Callable[[], Function]]:
+    """Functions that are there already, as `try_all` takes them."""
+    return {name: lambda function=function: function for name, function in functions.items()}
 
 
 def backward_plan(row: LayerCase) -> str:
@@ -87,26 +59,12 @@ def backward_plan(row: LayerCase) -> str:
     return cuda_plan(case.cell, step.expand(case.T, -1, -1), step.new_empty(D, case.B, case.H), None, backward=True)
 
 
-def disagreements(row: LayerCase, functions: dict[str, Function]) -> dict[str, str]:
-    """Whose results are not cuDNN's, and by how much."""
-    found = {}
-    tolerance = 1e-2 if row.dtype == "tf32" else TOLERANCES[row.case.dtype]
-    for name in functions:
-        if name in (TORCH, PROJECTION) or TORCH not in functions:
-            continue
-        pair = {OURS: functions[name], TORCH: functions[TORCH]}
-        try:
-            check_agreement(row.name, pair, {OURS: None, TORCH: tolerance})
-        except PeerDisagrees as error:
-            found[name] = str(error)
-    return found
-
-
 def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any]:
     """One row of the results: seconds on the device and of a call, ratios, memory, and who refused."""
     with float32_products(row.tf32), torch.set_grad_enabled(row.case.training):
-        functions, refused, first_calls = try_all(candidates(row))
-        result: dict[str, Any] = {"case": row.facts(), "refused": refused, "first_call_seconds": first_calls}
+        tried = try_all(builders(candidates(row)))
+        functions = tried.running
+        result: dict[str, Any] = {"case": row.facts(), **tried.facts()}
         if OURS not in functions:
             return result
         result["choice"] = choice(functions[OURS])
@@ -114,8 +72,10 @@ def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any
             result["triton_choice"] = choice(functions[TRITON])
         if row.case.training and not _library.missing["cuda"]:
             result["backward"] = backward_plan(row)
-        result["disagrees"] = disagreements(row, functions)
-        result["peak_mib"] = {name: peak_mib(function) for name, function in functions.items() if name != PROJECTION}
+        compared = {name: function for name, function in functions.items() if name != PROJECTION}
+        tolerance = 1e-2 if row.dtype == "tf32" else TOLERANCES[row.case.dtype]
+        result["disagrees"] = disagreements(row.name, compared, TORCH, tolerance) if TORCH in functions else {}
+        result["peak_mib"] = {name: peak_mib(function) for name, function in compared.items()}
         waited = [name for name in (OURS, TORCH) if name in functions]
         result["call_seconds"] = {name: call_seconds(functions[name]) for name in waited}
         times = compare(
@@ -128,7 +88,7 @@ def measure(row: LayerCase, clock: DeviceClock, seconds: float) -> dict[str, Any
         "launching_seconds": {name: clock.launching_seconds(function) for name, function in functions.items()},
         "ratio": {peer: times.ratio(peer, OURS) for peer in (TORCH, EAGER) if peer in functions},
         "triton_ratio": {
-            who: times.ratio(who, TRITON) for who in (TORCH, EAGER, OURS) if {who, TRITON} <= set(functions)
+            who: times.ratio(who, TRITON) for who in (TORCH, EAGER, CUDA) if {who, TRITON} <= set(functions)
         },
         "ratio_quartiles": {peer: times.ratio_range(peer, OURS) for peer in (TORCH,) if peer in functions},
         "rounds": len(times.samples[OURS]),
@@ -140,8 +100,9 @@ def measure_kernels(row: LayerCase) -> dict[str, Any]:
     """The kernels of torch.nn's layer and of ours."""
     with float32_products(row.tf32), torch.set_grad_enabled(row.case.training):
         of = candidates(row)
-        functions, refused, _ = try_all({name: of[name] for name in (OURS, TRITON, TORCH)})
-        return {"case": row.facts(), "refused": refused, **{name: kernels(f) for name, f in functions.items()}}
+        tried = try_all(builders({name: of[name] for name in (OURS, TRITON, TORCH)}))
+        found = {name: kernels(function) for name, function in tried.running.items()}
+        return {"case": row.facts(), "refused": tried.refused, **found}
 
 
 def kernels_line(name: str, row: dict[str, Any]) -> str:
@@ -152,17 +113,10 @@ def kernels_line(name: str, row: dict[str, Any]) -> str:
     return f"{name}: {', '.join(told)}"
 
 
-def times_of(row: dict[str, Any]) -> str:
-    """Everybody's microseconds."""
-    waited = row["host_bound"]
-    return ", ".join(f"{who} {1e6 * t:.0f}{' (host)' * (who in waited)}" for who, t in row["seconds"].items())
-
-
 def line(name: str, row: dict[str, Any]) -> str:
     """A row for the terminal."""
     if "seconds" not in row:
-        return f"{name}: {row.get('failed') or row['refused']}"
+        return f"{name}: {row.get('failed') or row['broken'] or row['refused']}"
     times = times_of(row)
     ratio = f"{row['ratio'][TORCH]:.2f}x" if TORCH in row["ratio"] else "  ?  "
-    wrong = f" DISAGREES: {row['disagrees']}" if row["disagrees"] else ""
-    return f"{ratio:>7} {name}: us {times}{wrong}"
+    return f"{ratio:>7} {name}: us {times}{wrong_in(row)}"

@@ -27,16 +27,11 @@ def need_gpu() -> None:
         raise CannotRun(f"no GPU: torch {torch.__version__} finds none")
 
 
-def need_kernels() -> None:
-    """Raises CannotRun where there is no GPU, or rnnkern has no kernels for it."""
-    need_gpu()
-    if why := _library.missing["cuda"]:
-        raise CannotRun(f"rnnkern has no CUDA kernels, {why}: run --part build")
-
-
 def need_engines() -> None:
     """Raises CannotRun where there is no GPU, or rnnkern has kernels for it neither in CUDA nor in Triton."""
     need_gpu()
+    if triton.available and triton.interprets():
+        raise CannotRun("TRITON_INTERPRET is set: Triton would interpret its kernels on the CPU")
     if why := _library.missing["cuda"]:
         if triton.reason:
             raise CannotRun(f"rnnkern has no CUDA kernels, {why}: run --part build; nor Triton's: {triton.reason}")

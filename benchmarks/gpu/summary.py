@@ -1,24 +1,23 @@
 """The results as Markdown and plots: `gpu.md`, `gpu_speedup.png`. Needs no GPU."""
 
 import json
+import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.attention import EAGER
+from benchmarks.gpu.candidates import TRITON
 from benchmarks.gpu.cases import LayerCase
-from benchmarks.gpu.layers import EAGER, PROJECTION, TRITON
+from benchmarks.gpu.layers import PROJECTION
+from benchmarks.gpu.order import order_tables, winner
+from benchmarks.gpu.plot import MODES, SHAPES, draw
 from benchmarks.gpu.results import NAME
 from benchmarks.gpu.targets import ESTIMATES, SOURCE, target
 from benchmarks.render import milliseconds, table
 from rnnkern._bench.cases import OURS, TORCH
 
-MODES = {"eval": "forward", "train": "forward and backward"}
-SHAPES = {
-    "plain": "one layer",
-    "stack": "two layers, bidirectional",
-    "two": "two layers",
-    "packed": "packed sequences",
-}
 WORST = 20
 Row = dict[str, Any]
 
@@ -27,7 +26,8 @@ NOTE = (
     "launches queued ahead, up to 2 ms of them; `call` is on the host, from a call to the end of its work. "
     f"`x {TORCH}` is how many times faster ours is than cuDNN, the median of paired ratios; below 1, we are slower. "
     "`us a step` is the forward less the product of the inputs with W_ih, which is timed alone, over the steps. "
-    f"`Triton` is ours by Triton's engines, as it chooses among them; its first call, which compiles, is in {NAME}. "
+    "`Triton` is ours by Triton's engines, as it chooses among them; `faster` tells which of our backends was, and how "
+    "many times as fast as the other. "
     f"`aimed at` is {SOURCE}; it is no measurement. "
     "`cuDNN` says whether its kernels keep the weights on the chip for all steps (persistent) or run step by step "
     "(standard), by the names and the number of the kernels that it launched. fp32 does not allow TF32; all else does. "
@@ -65,7 +65,7 @@ def layer_cells(row: Row, kernels: Row | None) -> list[str]:
     aimed = "" if aim is None else f"{aim.low:g}" if aim.low == aim.high else f"{aim.low:g}-{aim.high:g}"
     step = per_step_us(row, OURS)
     peaks = row.get("peak_mib", {})
-    engines = [name for name in seconds if name.startswith(f"{OURS} ") and name != TRITON]
+    engines = [name for name in seconds if re.fullmatch(rf"{OURS} \w+ \w+", name)]
     fastest = min(engines, key=seconds.__getitem__, default="")
     return [
         f"H={case['H']}, B={case['B']}, T={case['T']}",
@@ -75,7 +75,8 @@ def layer_cells(row: Row, kernels: Row | None) -> list[str]:
         figure(ratio.get(EAGER)),
         fastest.removeprefix(f"{OURS} "),
         milliseconds(seconds.get(TRITON)),
-        *(figure(row.get("triton_ratio", {}).get(who)) for who in (TORCH, EAGER, OURS)),
+        *(figure(row.get("triton_ratio", {}).get(who)) for who in (TORCH, EAGER)),
+        winner(row),
         figure(step),
         figure(per_step_us(row, TORCH)),
         aimed,
@@ -83,13 +84,13 @@ def layer_cells(row: Row, kernels: Row | None) -> list[str]:
         cudnn_path(kernels, case["T"]),
         " / ".join(figure(peaks.get(name), ".0f") or "?" for name in (OURS, TORCH)) if peaks else "",
         ", ".join(name for name in (OURS, TRITON, TORCH) if name in row.get("host_bound", ())),
-        "differs" if row["disagrees"] else "",
+        f"differs: {', '.join(row['disagrees'])}" if row["disagrees"] else "",
     ]
 
 
 HEAD = [
     *("", f"{OURS}, ms", "call, ms", f"x {TORCH}", f"x {EAGER}", "fastest engine"),
-    *("Triton, ms", f"Triton x {TORCH}", f"Triton x {EAGER}", f"Triton x {OURS}", "us a step", f"us a step, {TORCH}"),
+    *("Triton, ms", f"Triton x {TORCH}", f"Triton x {EAGER}", "faster", "us a step", f"us a step, {TORCH}"),
     *("aimed at", "of that", "cuDNN", f"MiB, {OURS} / {TORCH}", "host-bound", "result"),
 ]
 
@@ -113,7 +114,7 @@ def layer_tables(parts: Row) -> Iterator[str]:
 
 
 def worst(parts: Row) -> Iterator[str]:
-    """Where cuDNN is faster, and what failed, was refused or differs."""
+    """Where cuDNN is faster."""
     rows, kernels = measured(parts.get("layers")), parts.get("kernels", {}).get("rows", {})
     ratios = {name: row["ratio"][TORCH] for name, row in rows.items() if TORCH in row["ratio"]}
     lost = sorted((name for name, ratio in ratios.items() if ratio < 1), key=ratios.__getitem__)
@@ -127,14 +128,6 @@ def worst(parts: Row) -> Iterator[str]:
         head = ["the worst", f"x {TORCH}", "cuDNN"]
         paths = [cudnn_path(kernels.get(name), rows[name]["case"]["T"]) for name in lost[:WORST]]
         yield table(head, [[f"`{name}`", f"{ratios[name]:.2f}", path] for name, path in zip(lost, paths)])
-    wrong = {
-        name: row.get("failed") or row["refused"].get(OURS) or "; ".join(row["disagrees"].values())
-        for part in ("layers", "attention")
-        for name, row in parts.get(part, {"rows": {}})["rows"].items()
-        if "failed" in row or row.get("disagrees") or (part == "layers" and OURS in row["refused"])
-    }
-    if wrong:
-        yield table(["failed, refused or different", "what"], [[f"`{name}`", what] for name, what in wrong.items()])
 
 
 def latency_table(parts: Row) -> Iterator[str]:
@@ -152,25 +145,66 @@ def latency_table(parts: Row) -> Iterator[str]:
     yield table(["", "measured", "quartiles", "assumed before, ns"], rows)
 
 
-def attention_table(parts: Row) -> Iterator[str]:
-    """Attention against every peer."""
-    rows = parts.get("attention", {"rows": {}})["rows"]
+def functional_table(parts: Row, part: str, title: str) -> Iterator[str]:
+    """Attention, or the loss, against every peer: milliseconds, and MiB at the peak."""
+    rows = parts.get(part, {"rows": {}})["rows"]
+    refused = [(who, why) for row in rows.values() for who, why in row.get("refused", {}).items()]
     rows = {name: row for name, row in rows.items() if row.get("seconds")}
     if not rows:
         return
-    yield "## Attention"
+    yield title
     names = list(dict.fromkeys(who for row in rows.values() for who in row["seconds"]))
 
-    def time(row: Row, who: str) -> str:
-        return milliseconds(row["seconds"].get(who)) + " (host)" * (who in row.get("host_bound", ()))
+    def cell(row: Row, who: str) -> str:
+        if who not in row["seconds"]:
+            return ""
+        host = " (host)" * (who in row["host_bound"])
+        return f"{milliseconds(row['seconds'][who])}{host} / {row['peak_mib'][who]:.0f}"
 
-    cells = [[f"`{name}`", *(time(row, who) for who in names)] for name, row in rows.items()]
-    yield table(["", *(f"{who}, ms" for who in names)], cells)
-    if any(row.get("host_bound") for row in rows.values()):
+    won = {name: winner(row) for name, row in rows.items()}
+    compared = any(won.values())
+    cells = [
+        [f"`{name}`", *(cell(row, who) for who in names), *([won[name]] if compared else [])]
+        for name, row in rows.items()
+    ]
+    yield table(["ms / MiB", *names, *(["faster"] if compared else [])], cells)
+    if any(row["host_bound"] for row in rows.values()):
         yield "(host): the GPU waited for launches."
-    reasons = sorted({f"{who}: {why}" for row in rows.values() for who, why in row["refused"].items()})
-    if reasons:
-        yield "Left out: " + "; ".join(reasons) + "."
+    if refused:
+        yield "Left out: " + "; ".join(f"{who}: {why}" for who, why in sorted(set(refused))) + "."
+
+
+def first_call_table(parts: Row) -> Iterator[str]:
+    """Seconds of first calls for which Triton compiled all kernels, and of those for which it had all on disk."""
+    groups: dict[tuple[str, str], dict[str, list[tuple[int, float]]]] = {}
+    for part in ("layers", "attention", "loss"):
+        for row in parts.get(part, {"rows": {}})["rows"].values():
+            for who, kernels in row.get("first_call_kernels", {}).items():
+                if who.startswith(OURS) and 0 in kernels.values():
+                    how = "cached" if kernels["cached"] else "compiled"
+                    group = groups.setdefault((part, who), {"compiled": [], "cached": []})
+                    group[how].append((kernels[how], row["first_call_seconds"][who]))
+    if not groups:
+        return
+
+    def cells(found: list[tuple[int, float]]) -> list[str]:
+        if not found:
+            return ["0", "", "", ""]
+        kernels, seconds = zip(*found)
+        times = f"{statistics.median(seconds):.2f}", f"{max(seconds):.2f}"
+        return [str(len(found)), f"{min(kernels)}-{max(kernels)}", *times]
+
+    yield "## First calls by Triton"
+    yield (
+        "Seconds until a row's first call had ended, where Triton compiled every kernel that the call loaded, and "
+        "where all were in its cache on disk. Kernels that an earlier row had loaded are not counted."
+    )
+    each = ["kernels", "s, median", "s, most"]
+    head = ["", "compiled: calls", *each, "on disk: calls", *each]
+    lines = [
+        [f"{part}: {who}", *cells(of["compiled"]), *cells(of["cached"])] for (part, who), of in sorted(groups.items())
+    ]
+    yield table(head, lines)
 
 
 def check_table(parts: Row) -> Iterator[str]:
@@ -180,11 +214,34 @@ def check_table(parts: Row) -> Iterator[str]:
         counts = ", ".join(f"{number} {outcome}" for outcome, number in row["counts"].items())
         rows.append([name, counts or f"exit status {row['status']}", ", ".join(row["failed"][:5])])
     for name, row in parts.get("sanitize", {"rows": {}})["rows"].items():
+        if "skipped" in row:
+            rows.append([f"compute-sanitizer {name}", "skipped", row["skipped"]])
+            continue
         found = "did not end" if row["errors"] is None else f"{row['errors']} errors"
         rows.append([f"compute-sanitizer {name}", found, "; ".join(row["first"])])
     if rows:
         yield "## Checks"
         yield table(["", "", "first"], rows)
+
+
+def faults(row: Row, may_refuse: bool) -> list[str]:
+    """What is wrong with a row; ours may refuse attention, and not a layer."""
+    found = [row["failed"]] if "failed" in row else []
+    if not may_refuse and OURS in row.get("refused", {}):
+        found.append(row["refused"][OURS])
+    return found + [f"{who}: {why}" for what in ("broken", "disagrees") for who, why in row.get(what, {}).items()]
+
+
+def fault_table(parts: Row) -> Iterator[str]:
+    """What failed, was refused or differs."""
+    wrong = {
+        name: "; ".join(found)
+        for part in ("layers", "attention", "loss")
+        for name, row in parts.get(part, {"rows": {}})["rows"].items()
+        if (found := faults(row, may_refuse=part != "layers"))
+    }
+    if wrong:
+        yield table(["failed, refused or different", "what"], [[f"`{name}`", what] for name, what in wrong.items()])
 
 
 def describe(content: Row) -> str:
@@ -203,7 +260,8 @@ def describe(content: Row) -> str:
         around += f", {min(heat, key=float)} to {max(heat, key=float)} degrees Celsius" if heat else ""
         lines.append(
             f"- {name}: {len(part['rows'])} rows, {run['date']}, rnnkern {software['commit'] or run['source']}, torch "
-            f"{software['torch']}, cuDNN {software['cudnn']}, driver {software['driver']}{around}"
+            f"{software['torch']}, cuDNN {software['cudnn']}, Triton {software['triton']}, driver "
+            f"{software['driver']}{around}"
         )
     return "\n".join(lines)
 
@@ -211,53 +269,13 @@ def describe(content: Row) -> str:
 def markdown(content: Row) -> str:
     """The whole summary."""
     parts = content["parts"]
-    found = [f"# {content['machine']['gpu']}", describe(content), *check_table(parts), *latency_table(parts)]
+    found = [f"# {content['machine']['gpu']}", describe(content), *check_table(parts)]
+    found += [*fault_table(parts), *latency_table(parts)]
     if measured(parts.get("layers")):
         found += ["## Recurrent layers", NOTE, *worst(parts), *layer_tables(parts)]
-    return "\n\n".join([*found, *attention_table(parts)]) + "\n"
-
-
-def draw(content: Row, file: Path) -> bool:
-    """Plots every layer's ratio to cuDNN over H, a panel for each cell and mode; whether there was anything to plot."""
-    rows = [row for row in measured(content["parts"].get("layers")).values() if TORCH in row["ratio"]]
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plots: matplotlib is not installed")
-        return False
-    if not rows:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cells = list(dict.fromkeys(row["case"]["cell"] for row in rows))
-    figures, panels = plt.subplots(len(cells), len(MODES), figsize=(12, 3.2 * len(cells)), squeeze=False)
-    dtypes = list(dict.fromkeys(row["case"]["dtype"] for row in rows))
-    markers = dict(zip(SHAPES, "osv^"))
-    for line, cell in zip(panels, cells):
-        for axes, (mode, words) in zip(line, MODES.items()):
-            for row in rows:
-                case = row["case"]
-                if (case["cell"], case["mode"]) == (cell, mode):
-                    colour = f"C{dtypes.index(case['dtype'])}"
-                    axes.scatter(case["H"], row["ratio"][TORCH], s=14, color=colour, marker=markers[case["shape"]])
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.axhline(1, color="black", linewidth=1)
-            axes.set_title(f"{cell}, {words}", fontsize=9)
-            axes.set_ylabel(f"x {TORCH}", fontsize=8)
-            axes.set_xlabel("H", fontsize=8)
-    first = panels[0][0]
-    for number, dtype in enumerate(dtypes):
-        first.scatter([], [], color=f"C{number}", s=14, label=dtype)
-    for shape, marker in markers.items():
-        first.scatter([], [], color="grey", marker=marker, s=14, label=SHAPES[shape])
-    first.legend(fontsize=7)
-    figures.suptitle(content["machine"]["gpu"], fontsize=10)
-    figures.tight_layout()
-    figures.savefig(file, dpi=110)
-    plt.close(figures)
-    return True
+    found += functional_table(parts, "attention", "## Attention")
+    found += functional_table(parts, "loss", "## Linear layer and cross entropy")
+    return "\n\n".join([*found, *order_tables(parts), *first_call_table(parts)]) + "\n"
 
 
 def write(folder: Path) -> None:
@@ -265,7 +283,8 @@ def write(folder: Path) -> None:
     content = json.loads((folder / NAME).read_text())
     text = markdown(content)
     (folder / "gpu.md").write_text(text)
-    draw(content, folder / "gpu_speedup.png")
+    layers = list(measured(content["parts"].get("layers")).values())
+    draw(content["machine"]["gpu"], layers, folder / "gpu_speedup.png")
     print("\n".join(text.split("\n## Recurrent layers")[0].splitlines()[-80:]))
-    print(*worst(content["parts"]), sep="\n")
+    print(*worst(content["parts"]), *order_tables(content["parts"]), sep="\n")
     print(f"written to {folder}")

@@ -43,7 +43,7 @@ def run(
     """Measures the rows that these sources have not been measured with, or all `again`.
 
     Returns:
-        1 if a row failed, a result disagrees, or time was not enough; else 0.
+        1 if a row or a part of it failed, a result disagrees, or time was not enough; else 0.
 
     Raises:
         CannotRun: a row broke the GPU's context. It counts as measured, so that the next run goes on behind it.
@@ -80,7 +80,7 @@ def run(
             watchdog.cancel()
         torch.cuda.empty_cache()
         part.add(row.name, found)
-        wrong = wrong or int("failed" in found or bool(found.get("disagrees")))
+        wrong = wrong or int("failed" in found or bool(found.get("disagrees") or found.get("broken")))
         print(f"[{number + 1}/{len(left)}] {line(row.name, found)}", flush=True)
     part.end()
     print(f"written to {results.path}")
