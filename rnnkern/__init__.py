@@ -12,7 +12,8 @@ from rnnkern._enable import disable, enable
 from rnnkern._library import empty_cache
 from rnnkern.nn.quantized import quantize_dynamic
 from rnnkern.ops import flops as _flops
-from rnnkern.ops._dispatch import BackendUnavailable, backend, explain
+from rnnkern.ops._dispatch import BackendUnavailable, backend
+from rnnkern.ops.explain import explain
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.nn.recurrent import GRU, LSTM, RNN
-from rnnkern.ops import _dispatch
+from rnnkern.ops import _dispatch, explain
 from rnnkern.ops.packs import NAMES, PackCache
 from rnnkern.ops.short import SHORT
 from rnnkern.ops.step import step
@@ -141,7 +141,7 @@ def _accepted(cell: str, x: Tensor, weight: Tensor, T: int, B: int, H: int, D: i
         why = ""
     if why:
         device, dtype, I = str(x.device), str(x.dtype), x.shape[-1]
-        _dispatch.note(_dispatch.LayerNote, cell, device, dtype, T, B, I, H, D, "torch", why)
+        explain.note(explain.LayerNote, cell, device, dtype, T, B, I, H, D, "torch", why)
     return not why
 
 

@@ -14,7 +14,8 @@ import torch
 
 import rnnkern
 from rnnkern import _library
-from rnnkern.ops._dispatch import Choice, choose, float32_products
+from rnnkern.ops._dispatch import Choice, choose
+from rnnkern.ops.explain import float32_products
 from tests.helpers import needs_kernels
 
 CASE = {"cell": "lstm", "device": "cpu", "dtype": torch.float32, "T": 10, "B": 4, "H": 8}
@@ -99,9 +100,9 @@ def test_the_forced_backend_runs_in_this_thread_only() -> None:
 def test_a_failure_inside_the_block_ends_the_override() -> None:
     with pytest.raises(KeyError), rnnkern.backend("eager"):
         raise KeyError
-    from rnnkern.ops import _dispatch
+    from rnnkern.ops import _overrides
 
-    assert _dispatch._overrides == 0
+    assert _overrides.count == 0
 
 
 def test_explain_tells_each_layer() -> None:

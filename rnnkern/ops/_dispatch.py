@@ -1,18 +1,18 @@
-"""The one place that chooses a backend: a pure function, a way to override it, and a way to see what it chose."""
+"""The one place that chooses a backend: a pure function and a way to override it; `explain` shows what it chose."""
 
 import functools
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
 from rnnkern import _library, triton
 from rnnkern.cells import CELLS, EAGER_CELLS
+from rnnkern.ops import _overrides
+from rnnkern.ops.explain import LayerNote, both_passes, explaining, note
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")  # in order of preference
 EMULATED = "cuda-emulated"  # CUDA's kernels run by the CPU, for tests; chosen only by force
@@ -119,31 +119,6 @@ def _cached_choice(
     return choose(cell, device.type, dtype, T, B, H, projection=projection, missing=_library.missing_on(device))
 
 
-_thread = threading.local()
-_overrides = 0  # threads that are inside `backend` or `explain`: the common call looks no further
-_overrides_lock = threading.Lock()
-
-
-class _Override:
-    """Sets an attribute of this thread while it lasts."""
-
-    def __init__(self, name: str, value: Any) -> None:
-        self.name, self.value = name, value
-
-    def __enter__(self) -> None:
-        global _overrides
-        self.before = getattr(_thread, self.name, None)
-        setattr(_thread, self.name, self.value)
-        with _overrides_lock:
-            _overrides += 1
-
-    def __exit__(self, *_: object) -> None:
-        global _overrides
-        setattr(_thread, self.name, self.before)
-        with _overrides_lock:
-            _overrides -= 1
-
-
 def absence(backend: str) -> str:
     """Why a backend can run nothing here, "" if it can."""
     device = "cuda" if backend == "cuda" else "cpu"
@@ -186,18 +161,18 @@ def backend(name: str, *, engine: str | None = None) -> Iterator[None]:
     why = absence(name)
     if why:
         raise BackendUnavailable(f"backend {name!r} cannot run: {why}")
-    with _Override("forced", name), _Override("engine", engine):
+    with _overrides.Override("forced", name), _overrides.Override("engine", engine):
         yield
 
 
 def forced() -> str | None:
     """The backend that this thread forces, or None."""
-    return getattr(_thread, "forced", None) if _overrides else None
+    return _overrides.get("forced")  # type: ignore[no-any-return]
 
 
 def forced_engine() -> str:
     """The engine that this thread forces, or ""."""
-    return (getattr(_thread, "engine", None) or "") if _overrides else ""
+    return _overrides.get("engine") or ""
 
 
 def tf32_allowed() -> bool:
@@ -206,21 +181,6 @@ def tf32_allowed() -> bool:
     Products that are left to torch follow its setting for those; torch has none for a single product.
     """
     return bool(torch.backends.cudnn.rnn.fp32_precision == "tf32")  # type: ignore[attr-defined]
-
-
-def float32_products(engine: str, rnn: str, matmul: str) -> str:
-    """How a layer of float32 is multiplied on a GPU, for `explain`, from what the engines are and torch's settings.
-
-    Args:
-        engine: of each pass, as `cuda_plan` describes it.
-        rnn: torch.backends.cudnn.rnn.fp32_precision.
-        matmul: torch.backends.cuda.matmul.fp32_precision.
-    """
-    torchs = f"{'TF32' if matmul == 'tf32' else 'float32'} (torch.backends.cuda.matmul)"
-    if "cluster" not in engine and "grid" not in engine:
-        return f"products: {torchs}"
-    recurrence = f"{'TF32' if rnn == 'tf32' else 'three TF32'} (torch.backends.cudnn.rnn)"
-    return f"recurrence in cluster and grid: {recurrence}, other products: {torchs}"
 
 
 def cuda_plan(
@@ -283,18 +243,6 @@ def triton_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool = F
         raise BackendUnavailable(f"{cell}: {error}") from None
 
 
-def explaining() -> bool:
-    """Whether `explain` is at work in this thread."""
-    return _overrides > 0 and getattr(_thread, "notes", None) is not None
-
-
-def note(kind: Callable[..., Any], *facts: Any) -> None:
-    """Tells `explain`, if it is at work in this thread, what runs."""
-    notes = getattr(_thread, "notes", None) if _overrides else None
-    if notes is not None:
-        notes.append(kind(*facts))
-
-
 def transformed() -> bool:
     """Whether a torch.func transform or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -323,7 +271,7 @@ def select(
     device, dtype = x.device, torch.int8 if int8 else x.dtype
     compiling = torch.compiler.is_compiling()
     changed = not compiling and transformed()
-    if _overrides == 0 and not compiling and not changed:
+    if _overrides.count == 0 and not compiling and not changed:
         choice = _cached_choice(cell, device, dtype, T, B, H, projection)
     else:
         choice = choose(
@@ -335,7 +283,7 @@ def select(
             H,
             projection=projection,
             transformed=changed,
-            forced=getattr(_thread, "forced", None) if _overrides else None,
+            forced=forced(),
             missing=_library.missing_on(device),
         )
         if explaining():
@@ -351,105 +299,3 @@ def select(
     if choice.backend == "eager" and device.type == "cpu" and _library.reason:
         _library.warn_if_missing()
     return choice.backend
-
-
-def both_passes(plan: Callable[..., str], dtype: torch.dtype, backend: str) -> str:
-    """For `explain`: plan(backward=False), where gradients are enabled plan(backward=True), and how float32 fares."""
-    engine = plan(backward=False)
-    if torch.is_grad_enabled():
-        engine += f"; backward: {plan(backward=True)}"
-    if dtype == torch.float32 and backend == "cuda":
-        settings = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
-        engine += f"; {float32_products(engine, *(place.fp32_precision for place in settings))}"
-    return engine
-
-
-@dataclass(frozen=True)
-class LayerNote:
-    """What ran one layer, and why."""
-
-    cell: str
-    device: str
-    dtype: str
-    T: int
-    B: int
-    I: int
-    H: int
-    D: int
-    backend: str
-    why: str
-    engine: str = ""  # of a GPU backend, with what it takes of the GPU; of both passes where these may differ
-
-    def __str__(self) -> str:
-        shape = f"T={self.T} B={self.B} I={self.I} H={self.H} D={self.D}"
-        why = f" ({self.why})" if self.why else ""
-        engine = f", {self.engine}" if self.engine else ""
-        return f"{self.cell} {shape} {self.dtype.removeprefix('torch.')} {self.device}: {self.backend}{why}{engine}"
-
-
-@dataclass(frozen=True)
-class AttentionNote:
-    """What ran one attention, and why."""
-
-    score: str
-    device: str
-    dtype: str
-    B: int
-    Tq: int
-    Tk: int
-    D: int  # size of a projected query
-    Dv: int
-    backend: str
-    why: str
-
-    def __str__(self) -> str:
-        shape = f"B={self.B} Tq={self.Tq} Tk={self.Tk} D={self.D} Dv={self.Dv}"
-        why = f" ({self.why})" if self.why else ""
-        return f"{self.score} attention {shape} {self.dtype.removeprefix('torch.')} {self.device}: {self.backend}{why}"
-
-
-_NOTHING_RAN = (
-    "no recurrent layer or attention of rnnkern ran "
-    "(modules of torch.nn run torch's kernels unless rnnkern.accelerate(model) or rnnkern.enable() was called)"
-)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `explain` saw: one note per recurrent layer or attention as they ran, and the facts of the CPU kernels."""
-
-    layers: tuple[LayerNote | AttentionNote, ...]
-    isa: str  # instruction set of the CPU kernels, "" if they are not loaded
-    threads: int
-    missing: str = field(default="")  # why the CPU kernels are not loaded
-
-    def __str__(self) -> str:
-        kernels = f"isa {self.isa}" if self.isa else f"not loaded, {self.missing}"
-        lines = [f"{i}: {note}" for i, note in enumerate(self.layers)] or [_NOTHING_RAN]
-        return "\n".join([*lines, f"cpu kernels: {kernels}; threads: {self.threads}"])
-
-
-def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Runs `module(*args, **kwargs)` once and tells which backend ran each recurrent layer and attention, and why.
-
-    The module may be any model that holds recurrent layers or attention of rnnkern; those of torch.nn are told of only
-    while `rnnkern.enable` is on. It really runs, in its own mode
-    and with gradients as they are enabled, since both decide what runs: whatever a call changes in it, such as the
-    running statistics of a BatchNorm in training mode, changes here too. Only torch's random state is left as it was.
-
-    Raises:
-        TypeError: the module cannot be called.
-
-    Example:
-        >>> import torch, rnnkern
-        >>> told = rnnkern.explain(rnnkern.nn.LSTM(3, 4, proj_size=2), torch.ones(5, 1, 3))
-        >>> told.layers[0].backend
-        'eager'
-    """
-    if not callable(module):
-        raise TypeError(f"module must be a module or a function to be called, got {type(module).__name__}")
-    notes: list[LayerNote] = []
-    with torch.random.fork_rng(devices=[]), _Override("notes", notes):
-        module(*args, **kwargs)
-    isa = _library.extension.get_isa() if _library.extension is not None else ""
-    return Explanation(tuple(notes), isa, torch.get_num_threads(), _library.reason)

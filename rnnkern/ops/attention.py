@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rnnkern import _library, triton
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops import _dispatch, onnx
+from rnnkern.ops import _dispatch, _overrides, explain, onnx
 
 Score = Literal["dot", "additive"]
 
@@ -315,9 +315,9 @@ def attend(
         backend, why = "eager", "ONNX has no such operator"
     if backend == "eager" and forced not in (None, "eager"):
         raise _dispatch.BackendUnavailable(f"backend {forced!r} cannot run {score} attention: {why}")
-    if _dispatch._overrides:  # `explain` may want to know
-        _dispatch.note(
-            _dispatch.AttentionNote,
+    if _overrides.count:  # `explain` may want to know
+        explain.note(
+            explain.AttentionNote,
             score,
             str(query.device),
             str(query.dtype),

@@ -14,7 +14,7 @@ from torch import Tensor
 from rnnkern import _library
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops import _dispatch, onnx
+from rnnkern.ops import _dispatch, _overrides, onnx
 from rnnkern.ops.formulas import (
     Outputs,
     backward_of_layer,
@@ -104,7 +104,7 @@ FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def fuses(cell: str, x: Tensor, H: int) -> bool:
     """Whether a step without gradients of rows x [B, ...] and H units is one launch on the backend that runs here."""
-    if x.is_cpu and not _dispatch._overrides:
+    if x.is_cpu and not _overrides.count:
         return False
     return (
         not _dispatch.forced_engine() and x.dtype in FUSED_DTYPES and x.shape[0] <= FUSED_ROWS and runs_here(cell, x, H)
@@ -113,7 +113,7 @@ def fuses(cell: str, x: Tensor, H: int) -> bool:
 
 def runs_here(cell: str, x: Tensor, H: int) -> bool:
     """Whether these kernels, or their emulation, are what runs a layer of x here."""
-    if x.is_cpu and not _dispatch._overrides:
+    if x.is_cpu and not _overrides.count:
         return False
     forced, compiling = _dispatch.forced(), torch.compiler.is_compiling()
     if forced not in (None, "cuda", _dispatch.EMULATED) or onnx.exporting():

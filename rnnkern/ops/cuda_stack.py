@@ -16,7 +16,7 @@ from torch import Tensor
 from rnnkern import _library
 from rnnkern.cells import CELLS, reference
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops import _dispatch, onnx
+from rnnkern.ops import _dispatch, explain, onnx
 from rnnkern.ops.cuda import kept_elements
 from rnnkern.ops.formulas import differentiate_twice
 from rnnkern.ops.packs import Weights
@@ -176,11 +176,11 @@ def stack(
         torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in (x, h0, c0, *flat)])
     )
     how = _dispatch.forced_engine(), _dispatch.tf32_allowed()
-    if not torch.compiler.is_compiling() and (how[0] or _dispatch.explaining()):
+    if not torch.compiler.is_compiling() and (how[0] or explain.explaining()):
         plan = partial(_dispatch.cuda_stack_plan, cell, x, h0, lengths, CHUNKS)
         for backward in (False, True) if training else (False,):
             plan(backward=backward)
-        if _dispatch.explaining():
+        if explain.explaining():
             _tell(cell, x, h0, plan)
     masks = None
     if dropout:
@@ -200,8 +200,8 @@ def _tell(cell: str, x: Tensor, h0: Tensor, plan: Callable[..., str]) -> None:
     T = x.shape[0] if x.dim() == 3 else -(-x.shape[0] // max(B, 1))
     backend = _dispatch.forced() or "cuda"
     why = "forced by rnnkern.backend" if _dispatch.forced() else ""
-    engine = _dispatch.both_passes(plan, x.dtype, backend)
+    engine = explain.both_passes(plan, x.dtype, backend)
     for layer in range(L):
         I = H if layer else x.shape[-1]
         facts = (cell, str(x.device), str(x.dtype), T, B, I, H, 1, backend, why, engine)
-        _dispatch.note(_dispatch.LayerNote, *facts)
+        explain.note(explain.LayerNote, *facts)

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 from rnnkern import _library
-from rnnkern.ops import _dispatch
+from rnnkern.ops import _overrides
 
 SHORT = 16  # below this many steps calls go past the dispatcher, and weights are packed once for many of them
 FEW_ROWS = 1024  # so are those of calls with fewer rows (steps times batch): to pack takes as long as 6 rows or so
@@ -14,7 +14,7 @@ FEW_ROWS = 1024  # so are those of calls with fewer rows (steps times batch): to
 
 def watched() -> bool:
     """Whether `rnnkern.backend` or `explain` is at work, or forward-mode differentiation."""
-    return _dispatch._overrides > 0 or forward_ad._current_level >= 0
+    return _overrides.count > 0 or forward_ad._current_level >= 0
 
 
 # While one of these says anything but zero, someone wants to see or change what tensors do.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rnnkern import _library
 from rnnkern.cells import CELLS
-from rnnkern.ops import _dispatch, cuda
+from rnnkern.ops import _dispatch, cuda, explain
 from rnnkern.ops.attention import attend
 from rnnkern.ops.packs import PackCache, Weights
 from rnnkern.ops.recurrence import check_weights, recurrence
@@ -121,7 +121,7 @@ def attention_step(
         chosen = _dispatch.select(cell, x.unsqueeze(0), h.unsqueeze(0), False, fused=True)  # for `explain`
         sizes = (x.shape[0], 1, *key.shape[1:], value.shape[2])
         score = "dot" if vector is None else "additive"
-        _dispatch.note(_dispatch.AttentionNote, score, str(x.device), str(x.dtype), *sizes, chosen, "")
+        explain.note(explain.AttentionNote, score, str(x.device), str(x.dtype), *sizes, chosen, "")
         check_weights(x, weights, cell, h, h)
         if workspace is None or not workspace.fits(key, value):
             workspace = cuda.step_workspace(key, value)

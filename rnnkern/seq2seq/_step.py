@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rnnkern import nn as rnn
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.ops import _dispatch, cuda
+from rnnkern.ops import _overrides, cuda
 from rnnkern.ops.step import attention_step, step
 
 _RECURRENT = (rnn.RNN, rnn.LSTM, rnn.GRU)
@@ -37,7 +37,7 @@ def fused_step(
     workspace: cuda.StepWorkspace | None,
 ) -> Stepped | None:
     """A step by fused launches; None where there are none for it, or the modules are to be called as they are."""
-    if x.is_cpu and not _dispatch._overrides:  # the common case there, at little cost
+    if x.is_cpu and not _overrides.count:  # the common case there, at little cost
         return None
     if torch.is_grad_enabled() or not _is_plain(recurrent, attention):
         return None
