@@ -146,8 +146,29 @@ def test_explain_tells_of_attention() -> None:
     assert "the tensors are on meta, not on the cpu: eager reference" in str(told)
 
 
+def test_explain_tells_of_the_loss() -> None:
+    def told(N: int, V: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> str:
+        x, weight = (torch.ones(rows, 2, dtype=dtype, device=device) for rows in (N, V))
+        target = torch.zeros(N, dtype=torch.long, device=device)
+        (note,) = rnnkern.explain(rnnkern.functional.linear_cross_entropy, x, weight, target).layers
+        return str(note)
+
+    few = "eager (few logits: torch's two functions), all logits at once"
+    name = "linear_cross_entropy N={} V=5000 D=2 {} {}: "
+    assert told(838, 5000) == name.format(838, "float32", "cpu") + few
+    assert told(839, 5000) == name.format(839, "float32", "cpu") + "cpu, 838 rows at a time"
+    assert told(256, 5000, torch.bfloat16) == name.format(256, "bfloat16", "cpu") + few
+    assert told(257, 5000, torch.bfloat16) == name.format(257, "bfloat16", "cpu") + "cpu, 1677 rows at a time"
+    with rnnkern.backend("cpu"):
+        assert told(3, 5000).endswith("D=2 float32 cpu: cpu (forced by rnnkern.backend), 838 rows at a time")
+    with rnnkern.backend("eager"):
+        assert told(839, 5000).endswith("cpu: eager (forced by rnnkern.backend), all logits at once")
+    # No backend runs on this device.
+    assert ": eager reference), all logits at once" in told(839, 5000, device="meta")
+
+
 def test_explain_a_model_without_recurrence() -> None:
-    assert "no recurrent layer or attention of rnnkern ran" in str(
+    assert "no recurrent layer, attention or linear_cross_entropy of rnnkern ran" in str(
         rnnkern.explain(torch.nn.Linear(2, 2), torch.ones(1, 2))
     )
 

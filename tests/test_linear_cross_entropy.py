@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rnnkern
 from rnnkern.functional import linear_cross_entropy
+from rnnkern.ops import cross_entropy
 from rnnkern.ops import linear_cross_entropy as ops
+from rnnkern.ops._dispatch import Choice
 from tests.helpers import BACKENDS, DTYPES, assert_as_accurate, assert_same_bits
 from tests.seq2seq_models import make_batch, make_model
 
@@ -21,8 +23,8 @@ NAMES = ("loss", "dinput", "dweight", "dbias")
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's operators run everything, in chunks of 7 rows."""
-    monkeypatch.setattr(ops, "chunk_rows", lambda kind, V: 7)
-    monkeypatch.setattr(ops, "_select", lambda *_: ops.OPERATORS["cpu"])
+    monkeypatch.setattr(ops, "chunk_rows", lambda *_: 7)
+    monkeypatch.setattr(ops, "_choose", lambda *_: Choice("cpu", ""))
 
 
 @pytest.fixture(params=["chunks", "reference"])
@@ -72,10 +74,10 @@ def test_loss_and_gradients(path: None, dtype: torch.dtype, reduction: str, smoo
     assert_as_torch(inputs, reduction=reduction, label_smoothing=smoothing)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "chunks"), [(torch.float32, [256, 256, 88]), (torch.bfloat16, [419, 181])])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_large_vocabulary_goes_by_in_chunks(
-    monkeypatch: pytest.MonkeyPatch, reduction: str, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, reduction: str, dtype: torch.dtype, chunks: list[int]
 ) -> None:
     seen, addmm = [], torch.addmm
 
@@ -86,7 +88,7 @@ def test_a_large_vocabulary_goes_by_in_chunks(
     monkeypatch.setattr(torch, "addmm", watched)
     inputs = make_inputs((900,), 5, 20011, dtype)
     assert_as_torch(inputs, reduction=reduction)
-    assert seen == [256, 256, 88] * (2 if reduction == "none" else 1)  # of the 600 rows that are not ignored
+    assert seen == chunks * (2 if reduction == "none" else 1)  # of the 600 rows that are not ignored
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2)])
@@ -142,6 +144,27 @@ def test_what_is_ignored_may_hold_anything(chunks: None) -> None:
     expected = results(linear_cross_entropy, inputs)
     inputs[0].data[1::3] = torch.nan
     assert_same_bits(results(linear_cross_entropy, inputs), expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_are_certain(path: None, dtype: torch.dtype, smoothing: float) -> None:
+    inputs = make_inputs((20,), 3, 5, dtype)
+    with torch.no_grad():
+        inputs[1] *= 0.1
+        inputs[2][2] = 12  # of the right class in some rows: exp(-12) and less for all others
+    inputs[3][:6] = 2
+    assert_as_torch(inputs, reduction="none", label_smoothing=smoothing)
+    inputs[2].data[2] = 200  # past float32's exponentials
+    assert_as_torch(inputs, reduction="none", label_smoothing=smoothing)
+
+
+def test_rows_in_blocks(chunks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "BLOCK", 2 * 17)
+    for dtype in DTYPES:
+        for reduction in REDUCTIONS:
+            inputs = make_inputs((6, 5), 9, 17, dtype)
+            assert_as_torch(inputs, reduction=reduction, label_smoothing=0.2)
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan])

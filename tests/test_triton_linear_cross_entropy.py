@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.float16]
 @pytest.fixture(autouse=True)
 def _chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 3 rows."""
-    monkeypatch.setattr(ops, "chunk_rows", lambda kind, V: 3)
+    monkeypatch.setattr(ops, "chunk_rows", lambda *_: 3)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

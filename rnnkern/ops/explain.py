@@ -1,4 +1,4 @@
-"""What `rnnkern.explain` tells: which backend ran each layer and attention, and why."""
+"""What `rnnkern.explain` tells: which backend ran each layer, attention and loss, and why."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,17 +54,38 @@ class AttentionNote:
         return f"{self.score} attention {shape} {self.dtype.removeprefix('torch.')} {self.device}: {self.backend}{why}"
 
 
+@dataclass(frozen=True)
+class LossNote:
+    """What ran one `linear_cross_entropy`, and why."""
+
+    device: str
+    dtype: str
+    N: int
+    V: int
+    D: int
+    backend: str
+    why: str
+    rows: int  # of a chunk at most, 0: all logits at once
+
+    def __str__(self) -> str:
+        why = f" ({self.why})" if self.why else ""
+        chunks = f", {self.rows} rows at a time" if self.rows else ", all logits at once"
+        shape = f"N={self.N} V={self.V} D={self.D}"
+        dtype = self.dtype.removeprefix("torch.")
+        return f"linear_cross_entropy {shape} {dtype} {self.device}: {self.backend}{why}{chunks}"
+
+
 _NOTHING_RAN = (
-    "no recurrent layer or attention of rnnkern ran "
+    "no recurrent layer, attention or linear_cross_entropy of rnnkern ran "
     "(modules of torch.nn run torch's kernels unless rnnkern.accelerate(model) or rnnkern.enable() was called)"
 )
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` saw: one note per recurrent layer or attention as they ran, and the facts of the CPU kernels."""
+    """What `explain` saw: a note per recurrent layer, attention or loss as they ran, and facts of the CPU kernels."""
 
-    layers: tuple[LayerNote | AttentionNote, ...]
+    layers: tuple[LayerNote | AttentionNote | LossNote, ...]
     isa: str  # instruction set of the CPU kernels, "" if they are not loaded
     threads: int
     missing: str = field(default="")  # why the CPU kernels are not loaded
@@ -114,9 +135,10 @@ def float32_products(engine: str, rnn: str, matmul: str) -> str:
 
 
 def explain(module: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Runs `module(*args, **kwargs)` once and tells which backend ran each recurrent layer and attention, and why.
+    """Runs `module(*args, **kwargs)` once and tells which backend ran each recurrent layer, attention and
+    `linear_cross_entropy`, and why.
 
-    The module may be any model that holds recurrent layers or attention of rnnkern; those of torch.nn are told of only
+    The module may be any model or function that runs these of rnnkern; layers of torch.nn are told of only
     while `rnnkern.enable` is on. It really runs, in its own mode
     and with gradients as they are enabled, since both decide what runs: whatever a call changes in it, such as the
     running statistics of a BatchNorm in training mode, changes here too. Only torch's random state is left as it was.

@@ -6,7 +6,7 @@
 
 Rows go by in chunks. Of each chunk the logits are one product, their softmax turns them into dz in place, and dx = dz W
 and dW += dz^T x are two products more. All products are torch's; what differs between devices is the step in between:
-torch's log_softmax here, one kernel in `rnnkern/triton/linear_cross_entropy.py`.
+torch's softmax in `cross_entropy.py`, one kernel in `rnnkern/triton/linear_cross_entropy.py`.
 
 What backward keeps. A loss that is summed over the rows has one gradient g for all of them: the gradients of the sum
 are made in the forward pass, while the softmax is at hand, and backward multiplies them by g. That is 6 N D V floating
@@ -31,20 +31,22 @@ from torch.nn import functional
 
 from rnnkern import triton
 from rnnkern.cells.reference import compute_dtype, without_autocast
-from rnnkern.ops import _dispatch, onnx
+from rnnkern.ops import _dispatch, _overrides, explain, onnx
+from rnnkern.ops.cross_entropy import softmax
 from rnnkern.ops.formulas import grad_of
 from rnnkern.ops.products import widens
 
-# Turns a chunk's logits [R, V] into dz, if gradients are wanted, and gives the losses [R] in the compute dtype:
-# (logits, target [R], scale [R] or None for ones, ignore_index, smoothing, gradients) -> losses
-Softmax = Callable[[Tensor, Tensor, Tensor | None, int, float, bool], Tensor]
+# Turns a chunk's logits [R, V] into dz, if gradients are wanted, adds its sum over rows to dbias, if there is one, and
+# gives the losses [R] in the compute dtype:
+# (logits, target [R], scale [R] or None for ones, ignore_index, smoothing, gradients, dbias [V] or None) -> losses
+Softmax = Callable[[Tensor, Tensor, Tensor | None, int, float, bool, Tensor | None], Tensor]
 
 
 class Kind(NamedTuple):
     """What the devices differ in."""
 
     softmax: Softmax
-    chunk: int  # logits of a chunk, about
+    chunk: int  # bytes of a chunk's logits, about
     rows: int  # of a chunk at least: fewer make slow products
     selects: bool  # whether ignored rows are left out, which makes a GPU wait
     stride: int  # rows of logits start at multiples of so many values
@@ -67,38 +69,15 @@ def reference(
         )
 
 
-def chunk_rows(kind: Kind, V: int) -> int:
+def chunk_rows(kind: Kind, V: int, dtype: torch.dtype) -> int:
     """Rows of a chunk."""
-    return max(kind.rows, kind.chunk // V)
+    return max(kind.rows, kind.chunk // (V * dtype.itemsize))
 
 
-def _softmax(
-    logits: Tensor, target: Tensor, scale: Tensor | None, ignore_index: int, smoothing: float, gradients: bool
-) -> Tensor:
-    """The CPU's step, of rows that are not ignored; in place but for 16 bits, which float32 has to hold in between."""
-    compute, V = compute_dtype(logits.dtype), logits.shape[1]
-    log_p = logits.to(compute)
-    torch.log_softmax(log_p, 1, out=log_p)
-    at = target[:, None]
-    losses = log_p.gather(1, at)[:, 0] * (smoothing - 1)
-    if smoothing:
-        losses -= smoothing * log_p.mean(1)
-    if gradients:
-        dz = log_p.exp_()
-        if smoothing:
-            dz -= smoothing / V
-        dz.scatter_add_(1, at, dz.new_full((len(dz), 1), smoothing - 1))
-        if scale is not None:
-            dz *= scale[:, None]
-        if dz is not logits:
-            logits.copy_(dz)
-    return losses
-
-
-# 2^22 logits, 16 MiB in float32, stay in most CPUs' last-level cache between the product and the softmax. Each chunk
-# reads and writes the weight's gradient and packs the weight: with fewer than 256 rows that would show. Nothing lies
-# between rows: torch's log_softmax would copy them.
-CPU = Kind(_softmax, chunk=2**22, rows=256, selects=True, stride=1)
+# 16 MiB of logits stay in most CPUs' last-level cache between the product and the softmax. Each chunk reads and writes
+# the weight's gradient and packs the weight: with fewer than 256 rows that would show. Nothing lies between rows:
+# torch's softmax would copy them.
+CPU = Kind(softmax, chunk=2**24, rows=256, selects=True, stride=1)
 
 
 def _run(
@@ -125,7 +104,7 @@ def _run(
         kept = None if len(kept) == N else kept
         _check_targets(target if kept is None else target[kept], V)
     count = N if kept is None else len(kept)
-    rows = min(chunk_rows(kind, V), count)
+    rows = min(chunk_rows(kind, V, input.dtype), count)
     buffer = input.new_empty(rows, -(-V // kind.stride) * kind.stride)[:, :V]
     with without_autocast(input.device.type):
         for start in range(0, count, max(rows, 1)):
@@ -138,13 +117,12 @@ def _run(
             else:
                 torch.addmm(bias, x, weight.t(), out=logits)
             s = None if scale is None else scale[part]
-            losses[part] = kind.softmax(logits, y, s, ignore_index, smoothing, gradients)
+            total = dbias if needed[2] else None
+            losses[part] = kind.softmax(logits, y, s, ignore_index, smoothing, gradients, total)
             if needed[0]:
                 dinput[part] = logits @ weight
             if needed[1]:
                 _add_product(dweight, logits.t(), x)
-            if needed[2]:
-                dbias += logits.sum(0, dtype=compute)
     return losses, dinput, dweight, dbias
 
 
@@ -288,14 +266,19 @@ def _backward_of_gradients(ctx: Any, g: Tensor | None, *dgradients: Tensor | Non
     return (*(s if need else None for s, need in zip(second, ctx.needs_input_grad)), *nothing)
 
 
-def _triton_softmax(*arguments: Any) -> Tensor:
-    from rnnkern.triton.linear_cross_entropy import softmax
+def _triton_softmax(logits: Tensor, *arguments: Any) -> Tensor:
+    from rnnkern.triton.linear_cross_entropy import softmax as softmax_rows
 
-    return softmax(*arguments)
+    *options, dbias = arguments
+    losses = softmax_rows(logits, *options)
+    if dbias is not None:
+        dbias += logits.sum(0, dtype=dbias.dtype)
+    return losses
 
 
-# 2^26 logits: see rnnkern/triton/linear_cross_entropy.py. A GPU reads several values at a time from where rows start.
-TRITON = Kind(_triton_softmax, chunk=2**26, rows=256, selects=False, stride=16)
+# 128 MiB: see rnnkern/triton/linear_cross_entropy.py. A GPU reads several values at a time from where rows start.
+TRITON = Kind(_triton_softmax, chunk=2**27, rows=256, selects=False, stride=16)
+KINDS = {"cpu": CPU, "triton": TRITON}
 OPERATORS = {"cpu": register("", CPU), "triton": register("triton_", TRITON)}
 
 
@@ -314,9 +297,14 @@ def linear_cross_entropy(
         IndexError: a target on the CPU that is not ignored is not within 0..V-1.
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
-    operators = _select(input, weight)
-    if operators is None:
+    backend, why = _choose(input, weight)
+    if _overrides.count:  # `explain` may want to know
+        N, (V, D) = input.shape[0], weight.shape
+        rows = 0 if backend == "eager" else chunk_rows(KINDS[backend], V, input.dtype)
+        explain.note(explain.LossNote, str(input.device), str(input.dtype), N, V, D, backend, why, rows)
+    if backend == "eager":
         return reference(input, weight, bias, target, ignore_index, smoothing, reduction)
+    operators = OPERATORS[backend]
     tensors = (input, weight, bias)
     needed = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors]
     loss: Tensor
@@ -332,23 +320,44 @@ def linear_cross_entropy(
     return loss
 
 
-def _select(input: Tensor, weight: Tensor) -> Operators | None:
-    """Who runs this; None: the reference.
+def _choose(input: Tensor, weight: Tensor) -> _dispatch.Choice:
+    """Who runs this, and why; "eager" is the reference.
 
-    What fits a chunk of the CPU is left to the reference on any device: nothing is saved there, and torch keeps the
-    softmax for backward. There is nothing for "cuda" to do here: forcing it leaves the choice as it is.
+    There is nothing for "cuda" to do here: forcing it leaves the choice as it is.
     """
     compiling = torch.compiler.is_compiling()
-    if onnx.exporting() or torch._C._get_tracing_state() is not None or (not compiling and _dispatch.transformed()):
-        return None
     forced = _dispatch.forced()
+    few = not compiling and _few(input.device.type, input.dtype, input.shape[0], weight.shape[0])
+    if few and forced is None:
+        return _FEW
+    if onnx.exporting() or torch._C._get_tracing_state() is not None:
+        return _dispatch.Choice("eager", "what is traced or exported keeps torch's operators")
+    if not compiling and _dispatch.transformed():
+        return _dispatch.Choice("eager", f"{_dispatch.TRANSFORMED}: eager reference")
     device = input.device.type
     backend = forced if forced in ("cpu", "triton") else "cpu" if device == "cpu" else "triton"
     why = refusal(backend, device, input.dtype)
     if why and forced == backend:
         raise _dispatch.BackendUnavailable(f"backend {backend!r} cannot run linear_cross_entropy: {why}")
-    small = not compiling and forced != backend and input.shape[0] <= chunk_rows(CPU, weight.shape[0])
-    return None if why or small or forced == "eager" else OPERATORS[backend]
+    if forced == "eager":
+        return _dispatch.Choice("eager", "forced by rnnkern.backend")
+    if why:
+        return _dispatch.Choice("eager", f"{why}: eager reference")
+    if few and forced != backend:
+        return _FEW
+    return _dispatch.Choice(backend, "forced by rnnkern.backend" if forced == backend else "")
+
+
+_FEW = _dispatch.Choice("eager", "few logits: torch's two functions")
+
+
+def _few(device: str, dtype: torch.dtype, N: int, V: int) -> bool:
+    """Whether chunks gain nothing: torch holds all logits, and keeps the softmax for backward.
+
+    Of 16 bits the reference has copies in float32, which are a loss earlier than float32's own logits.
+    """
+    limit = 2**20 if device == "cpu" and dtype.itemsize == 2 else 2**22
+    return N <= 256 or limit >= N * V
 
 
 def refusal(backend: str, device: str, dtype: torch.dtype) -> str:
