@@ -37,7 +37,8 @@ def workload(entry: Entry) -> str:
         return f"{case['score']}, B={case['B']}, Tq={case['Tq']}, Tk={case['Tk']}, D={case['D']}"
     if entry["kind"] == "loss":
         padding = f", {case['padding']:.0%} padding" if case["padding"] else ""
-        return f"N={case['N']}, V={case['V']}, D={case['D']}{padding}"
+        dtype = "" if case["dtype"] == "torch.float32" else f", {case['dtype'].removeprefix('torch.')}"
+        return f"N={case['N']}, V={case['V']}, D={case['D']}{padding}{dtype}"
     parts = [CELLS[case["cell"]] + ("Cell" if case["single_step"] else "")]
     if case["cell"] == "rnn_relu":
         parts.append("relu")
@@ -130,7 +131,8 @@ NOTE = (
     "threads as torch, on bound inputs and outputs. `of the floor` is the speed we reach as a part of the machine's "
     "limit (`rnnkern/_bench/floors.py`). `of its share` is our time over (valid steps / padded steps) x our padded "
     "time: 1.00 wastes nothing; torch.nn gets the same rows as a PackedSequence. In rows of int8 our weights are int8; "
-    "torch.nn is in float32 there, and torch int8 is its dynamic quantization."
+    "torch.nn is in float32 there, and torch int8 is its dynamic quantization. Of the loss, `torch chunked` is "
+    "torch.nn.functional.linear_cross_entropy with its default options."
 )
 
 

@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         type=chosen_threads,
         metavar="N,...",
         help="torch's threads, one section each (default: torch's own choice, then 1; smoke: torch's own choice); "
-        "attention, losses and memory are measured in the first section only",
+        "attention and memory are measured in the first section only",
     )
     top.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     top.add_argument(
@@ -153,8 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = [run(rows, probes, seconds, memory=not arguments.no_memory)]
     for threads in others:
         torch.set_num_threads(threads)
-        recurrences = [row for row in rows if isinstance(row, Case)]
-        sections.append(run(recurrences, probes, seconds, memory=False))
+        torch.compiler.reset()  # compiled code has a fixed number of threads
+        both = [row for row in rows if not isinstance(row, AttentionCase)]
+        sections.append(run(both, probes, seconds, memory=False))
     torch.set_num_threads(own)
     partial = arguments.smoke or arguments.only
     folder = folder_for(arguments.out or (PARTIAL if partial else RESULTS), head["machine"])

@@ -13,15 +13,19 @@ class PeerUnavailable(RuntimeError):
 
 
 def compiled_runner(
-    runner: Callable[[Callable[..., Tensor]], Callable[[], object]], function: Callable[..., Tensor]
+    runner: Callable[[Callable[..., Tensor]], Callable[[], object]],
+    function: Callable[..., Tensor],
+    dynamic: bool = False,
 ) -> Callable[[], object]:
     """What `runner` makes of the function by torch.compile, which compiles it here, at a first call.
+
+    `dynamic`: for all sizes at once.
 
     Raises:
         PeerUnavailable: it cannot be compiled.
     """
     try:
-        run = runner(torch.compile(function, dynamic=False))
+        run = runner(torch.compile(function, dynamic=dynamic))
         run()
     except Exception as error:  # of many types: no compiler, no headers, a compiler that fails
         raise PeerUnavailable(str(error).strip().split("\n")[0]) from error

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from benchmarks import environment, render, report
 from benchmarks.rows import SMOKE, all_rows
+from benchmarks.runtimes import PeerUnavailable
 from rnnkern import _library
 from rnnkern._bench.cases import OURS, TORCH, Case, first_tensor, modules, runners
 from rnnkern._bench.floors import CacheLevel, Ceilings, floor_seconds
@@ -303,11 +304,17 @@ def test_no_row_matches(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no row matches no-such-row" in capsys.readouterr().err
 
 
+def unavailable(*_: object, **__: object) -> None:
+    raise PeerUnavailable("it would compile for long")
+
+
 def test_report_of_two_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "find_probes", lambda: None)
     threads = torch.get_num_threads()
     quick = ["--seconds", "0.01", "--no-memory", "--out", str(tmp_path)]
-    patterns = ["gru-T1-B1-H64-*", "gru-T100-B32-H256-lengths-eval", "dot-B32-Tq1-Tk50-D512-eval"]
+    monkeypatch.setattr("benchmarks.loss.compiled_runner", unavailable)
+    patterns = ["gru-T1-B1-H64-*", "loss-N64-*-bfloat16-eval", "gru-T100-B32-H256-lengths-eval"]
+    patterns.append("dot-B32-Tq1-Tk50-D512-eval")
     only = [word for pattern in patterns for word in ("--only", pattern)]
     assert report.main([*only, "--threads", "2,1", *quick]) == 0
     assert torch.get_num_threads() == threads
@@ -315,9 +322,13 @@ def test_report_of_two_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     both = json.loads(written.read_text())["sections"]
     assert [section["threads"] for section in both] == [2, 1]
     names = [[row["name"] for row in section["rows"]] for section in both]
-    assert names[0] == [*names[1], "dot-B32-Tq1-Tk50-D512-eval"]  # attention in the first section only
+    assert set(names[0]) - set(names[1]) == {"dot-B32-Tq1-Tk50-D512-eval"}  # attention in the first section only
+    assert "N=64, V=1000, D=128, bfloat16" in (written.parent / "report.md").read_text().split("## 1 thread")[1]
     assert {path.name for path in written.parent.iterdir()} == {"report.json", "report.md", "speedup.png"}
-    assert "rnnkern padded" in both[1]["rows"][-1]["ratio"]
+    padded, loss = both[1]["rows"][-2:]
+    assert "rnnkern padded" in padded["ratio"]
+    assert "eager" in loss["ratio"]
+    assert "torch.compile" not in loss["ratio"]
 
 
 @pytest.mark.parametrize("text", ["0", "two", "2,", ""])

@@ -112,13 +112,15 @@ def test_peers_of_attention_agree(score: str, training: bool) -> None:
         rows.check_row(case, functions)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-def test_peers_of_the_loss_agree(training: bool) -> None:
-    case = LossCase(20, 7, 5, training=training, padding=0.3)
-    assert case.name == f"loss-N20-V7-D5-padding0.3-{'train' if training else 'eval'}"
+def test_peers_of_the_loss_agree(training: bool, dtype: torch.dtype) -> None:
+    case = LossCase(20, 7, 5, training=training, padding=0.3, dtype=dtype)
+    mode = ("bfloat16-" if dtype == torch.bfloat16 else "") + ("train" if training else "eval")
+    assert case.name == f"loss-N20-V7-D5-padding0.3-{mode}"
     with torch.set_grad_enabled(training):
         functions = rows.row_runners(case)
-        assert set(functions) - {CHUNKED} == {OURS, EAGER}
+        assert set(functions) - {CHUNKED, COMPILED} == {OURS, EAGER}
         rows.check_row(case, functions)
 
 
