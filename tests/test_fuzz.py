@@ -1,20 +1,24 @@
 """A few cases of each kind that `make fuzz` runs, the same every time; and that a fault would be seen."""
 
 import argparse
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import rnnkern
+from rnnkern.functional import linear_cross_entropy
 from rnnkern.ops import _dispatch
 from tests.fuzz import cases
 from tests.fuzz.__main__ import STRATEGIES, run, watch
 from tests.fuzz.cases import AttentionCase, Call, KeywordCase, ModuleCase, Spec
 from tests.fuzz.checks import check
+from tests.fuzz.loss import LossCase
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -61,6 +65,39 @@ def test_faults_are_seen(monkeypatch: pytest.MonkeyPatch, case: Any, spoil: Any,
         patched.setattr(module, "forward", spoiled(module.forward, spoil))
         with pytest.raises(AssertionError, match=message):
             check(case)
+
+
+OPTIONS = {"reduction": "mean", "label_smoothing": 0.1}
+LOSS = LossCase(
+    {"input": Spec((5, 3), grad=True), "linear_weight": Spec((4, 3))}, Spec((5,), "int64"), "", OPTIONS, rows=2
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "spoil", "message"),
+    [
+        ({}, lambda loss, _: 2 * loss, "the loss: differs"),
+        ({}, lambda loss, _: loss.double(), "the loss: torch.float64 and torch.float32"),
+        ({}, lambda loss, _: loss.detach(), "requires a gradient: False"),
+        ({}, lambda loss, _: loss.detach() + 3 * (loss - loss.detach()), "gradient of input: differs"),
+        ({}, lambda loss, given: [given["input"].data.add_(1), loss][1], "wrote past"),
+        ({"wrong": "class"}, lambda loss, _: loss, "wrong class: a result"),
+        ({"wrong": "class"}, lambda loss, _: [][0], ""),
+    ],
+    ids=["value", "dtype", "no gradient", "gradient", "write", "no exception", "an exception"],
+)
+def test_faults_of_the_loss_are_seen(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], spoil: Any, message: str
+) -> None:
+    check(LOSS)
+
+    def spoiled_loss(**given: Any) -> Any:
+        right = {**given, "target": given["target"] % 4} if change else given
+        return spoil(linear_cross_entropy(**right), given)
+
+    monkeypatch.setattr("tests.fuzz.loss.linear_cross_entropy", spoiled_loss)
+    with pytest.raises(AssertionError, match=message) if message else contextlib.nullcontext():
+        check(replace(LOSS, **change))
 
 
 def test_other_exceptions_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Fuzzes the modules: `python -m tests.fuzz --seconds 120`; `python -m tests.fuzz "ModuleCase(...)"` runs a case again.
+"""Fuzzes what users call: `python -m tests.fuzz --seconds 120`; `python -m tests.fuzz "ModuleCase(...)"` repeats one.
 
 A child does the work and tells in a file what it is at, so that a crash or a hang shows which case did it.
 """
@@ -16,12 +16,17 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from tests.fuzz import cases
+from tests.fuzz import cases, loss
 from tests.fuzz.checks import check
 
 PATIENCE = 120  # seconds without a new case, counted while this process is not stopped itself
 FAILED = 3  # the child's answer if it has told of a case; a sanitizer's is 1
-STRATEGIES = {"module": cases.module_cases(), "keyword": cases.keyword_cases(), "attention": cases.attention_cases()}
+STRATEGIES = {
+    "module": cases.module_cases(),
+    "keyword": cases.keyword_cases(),
+    "attention": cases.attention_cases(),
+    "loss": loss.loss_cases(),
+}
 
 
 def repeat(case: cases.Case | str) -> str:
@@ -110,7 +115,7 @@ def main() -> int:
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        check(eval(arguments.case, vars(cases)))
+        check(eval(arguments.case, vars(cases) | vars(loss)))
         print("passed")
         return 0
     if arguments.journal:
