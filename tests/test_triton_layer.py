@@ -19,8 +19,7 @@ from tests.test_recurrence import lengths_like, names
 _why = kernels.missing_on("cpu")
 pytestmark = pytest.mark.skipif(bool(_why), reason=_why)
 
-# bfloat16 is not among them: the interpreter truncates where a GPU rounds, and multiplies it wrongly.
-CASES = [(engine, dtype) for engine in TRITON_ENGINES for dtype in (torch.float32, torch.float16)]
+CASES = [(engine, dtype) for engine in TRITON_ENGINES for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 CASES += [("stepwise", torch.float64)]
 every_engine = pytest.mark.parametrize(("engine", "dtype"), CASES, ids=names)
 
@@ -40,7 +39,7 @@ def _no_tf32() -> Iterator[None]:
 def test_outputs_and_gradients(
     cell: str, T: int, B: int, I: int, H: int, D: int, engine: str, dtype: torch.dtype
 ) -> None:
-    layer = make_layer(cell, T, B, I, H, D=D, dtype=dtype, bias=H != 40 or dtype == torch.float16, seed=T * H)
+    layer = make_layer(cell, T, B, I, H, D=D, dtype=dtype, bias=H != 40 or dtype.itemsize == 2, seed=T * H)
     assert_as_accurate(layer.run("triton", engine=engine), layer.run_reference(), layer.run_torch(), dtype)
 
 

@@ -20,8 +20,7 @@ from tests.test_linear_cross_entropy import (
 _why = kernels.missing_on("cpu")
 pytestmark = pytest.mark.skipif(bool(_why), reason=_why)
 
-# bfloat16 is not among them: the interpreter truncates where a GPU rounds.
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rnnkern import _library, triton
+from rnnkern import _library
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops import _dispatch, _overrides, explain, onnx
 
@@ -242,8 +242,6 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, transformed:
         return f"{dtype} is not supported by {backend} kernels"
     if transformed:
         return f"{_dispatch.TRANSFORMED} by {backend} kernels"
-    if backend == "triton" and device.type == "cpu" and dtype == torch.bfloat16 and triton.interprets():
-        return "Triton's interpreter multiplies bfloat16 wrongly"
     return _library.missing_on(device)[backend]
 
 

@@ -7,7 +7,7 @@
   grid.py        engine: the programs of a cooperative launch share the units, and show each other h after each step
   config.py      which engine, and how it cuts a layer; layer.py: the layer around the recurrence
   tune.py        measures what config.py could choose; table.py: the user's own table, where the fastest stands
-  activations.py tanh and sigmoid, for the cells
+  activations.py tanh and sigmoid, for the cells; arithmetic.py: products
   attention.py   attention, forward and backward: which kernels run; attention_call.py: its arguments and their cut
   attention_single.py  kernels for one query per row
   attention_pairs.py   kernels for several; attention_additive.py: additive scores; attention_many.py: the launches

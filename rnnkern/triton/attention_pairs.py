@@ -19,6 +19,7 @@ Tk' is Tk rounded up to PAIR_UNIT. Shapes are run-time, sizes of rows D and Dv c
 import triton
 import triton.language as tl
 
+from rnnkern.triton.arithmetic import multiply
 from rnnkern.triton.attention_parts import (
     PAIR_UNIT,
     UNALIGNED,
@@ -121,7 +122,7 @@ def attend(
         shrink = tl.exp(before - base)
         total = total * shrink + tl.sum(power, 1)
         values = load_rows(row_pointers(value, b, keys, value_batch, value_row, UNIT), valid, columns, Dv)
-        result = tl.dot(power.to(value.dtype.element_ty), values, result * shrink[:, None], input_precision=PRECISION)
+        result = multiply(power.to(value.dtype.element_ty), values, result * shrink[:, None], PRECISION)
     inverse = invert_sum(total)
     out = context + (b * Tq + queries[:, None]) * Dv + columns[None, :]
     tl.store(
@@ -350,7 +351,7 @@ def sum_pairs(
             tile = pair_pointers(pairs, b, terms, first, first_row, row, BLOCK_TERMS, BLOCK_ROWS)
             left = tl.trans(tl.load(tile, mask=there[:, None] & (own < row)[None, :], other=0.0))
         values = load_rows(row_pointers(right, b, others, right_batch, right_row, UNIT), there, columns, COLUMNS)
-        total = tl.dot(left, values, total, input_precision=PRECISION)
+        total = multiply(left, values, total, PRECISION)
     if not OVER_KEYS:
         total = tl.where(own_valid[:, None], total, 0.0)
     out = result + (b * rows + own[:, None]) * COLUMNS + columns[None, :]

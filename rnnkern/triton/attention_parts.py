@@ -7,6 +7,8 @@ a tensor, or is padding, is never read.
 import triton
 import triton.language as tl
 
+from rnnkern.triton.arithmetic import multiply
+
 # Begin anywhere where a call is cut into ranges of batch rows, and are not read 16 bytes at a time: Triton is not to
 # compile once more for those that happen to be aligned.
 UNALIGNED = ["lengths", "mask", "dweights"]
@@ -82,7 +84,7 @@ def multiply_rows(
         columns = start + tl.arange(0, BLOCK)
         left = load_rows(a, a_there, columns, COLUMNS)
         right = load_rows(b, b_there, columns, COLUMNS)
-        total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+        total = multiply(left, tl.trans(right), total, PRECISION)
     return total
 
 

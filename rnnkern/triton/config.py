@@ -154,8 +154,6 @@ def _cut(engine: str, work: Work, facts: Facts, **how: int) -> Plan | str:
         return _stepwise(work.H, **how)
     if work.dtype == torch.float64:
         return "float64 is for the stepwise engine"
-    if facts.kind == "interpreter" and work.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
     return (_resident if engine == "resident" else _grid)(work, facts, **how)
 
 

@@ -20,6 +20,7 @@ bytes a clock 500; adding up 8 slices of 4 KB in shared memory 300; counter and 
 import triton
 import triton.language as tl
 
+from rnnkern.triton.arithmetic import multiply
 from rnnkern.triton.pointwise import keep_step, load_bias, load_step, step_backward, step_forward
 from rnnkern.triton.sequence import load_parts, row_has, row_lengths, row_places, row_starts
 
@@ -106,7 +107,7 @@ def forward(
             operand = tl.load(state[None, :, None] + k, mask=mask, other=0.0, cache_modifier=".cg")
             added = ()
             for g in tl.static_range(G):
-                added = added + (tl.dot(operand, w[chunk][g], sums[g], input_precision=PRECISION),)
+                added = added + (multiply(operand, w[chunk][g], sums[g], PRECISION),)
             sums = added
         gh = ()
         for g in tl.static_range(G):
@@ -185,7 +186,7 @@ def backward(
                     other=0.0,
                     cache_modifier=".cg",
                 )
-                sums = tl.dot(dgh, w[chunk][g], sums, input_precision=PRECISION)
+                sums = multiply(dgh, w[chunk][g], sums, PRECISION)
         dh += tl.sum(sums, 0)
         _, direct, dc_before = step_backward(CELL, k, values, dh, dc, row, u, alive, G, H, CLIP)
         if counters is not None:

@@ -14,6 +14,7 @@ bytes a clock: 1024 clocks, which more rows share; what is pointwise, and the wa
 import triton
 import triton.language as tl
 
+from rnnkern.triton.arithmetic import multiply
 from rnnkern.triton.pointwise import keep_step, load_bias, load_step, step_backward, step_forward
 from rnnkern.triton.sequence import load_parts, row_has, row_lengths, row_places, row_starts
 
@@ -61,7 +62,7 @@ def forward(
             h, c = tl.where(fresh, 0.0, h), tl.where(fresh, 0.0, c)
         gh = ()
         for g in tl.static_range(G):
-            gh = gh + (tl.dot(h, w[g], input_precision=PRECISION),)
+            gh = gh + (multiply(h, w[g], None, PRECISION),)
         h_next, c_next, saved = step_forward(CELL, f, gx, gh, bias, h, c, row, u, alive, H)
         keep_step(f, saved, c, c_next, row, u, alive, H, SAVED)
         h, c = tl.where(alive, h_next, h), tl.where(alive, c_next, c)
@@ -113,7 +114,7 @@ def backward(
         coming_values = load_step(k, coming_row, u, coming_alive, H, SAVED)
         gates, dh_before, dc_before = step_backward(CELL, k, values, dh, dc, row, u, alive, G, H, CLIP)
         for g in tl.static_range(G):
-            dh_before = tl.dot(tl.where(alive, gates[g], 0.0), w[g], dh_before, input_precision=PRECISION)
+            dh_before = multiply(tl.where(alive, gates[g], 0.0), w[g], dh_before, PRECISION)
         if seq.resets is not None:
             fresh = row_starts(seq, step, length, d, b, B)[:, None]
             dh_before, dc_before = tl.where(fresh, 0.0, dh_before), tl.where(fresh, 0.0, dc_before)
