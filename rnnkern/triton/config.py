@@ -125,7 +125,8 @@ def _grid(work: Work, facts: Facts, rows: int = 16, units: int = 16, warps: int 
 
     longest = max(16, power_of_two(divide_up(H, warps)))
     few = longest == 16 or weights_in(16) <= SLICES_OF_16
-    slice_size = min((s for s in (64, 32, 16) if s <= longest and (few or s > 16)), key=weights_in)  # pads H least
+    sizes = (32, 16) if work.dtype == torch.float32 else (64, 32, 16)
+    slice_size = min((s for s in sizes if s <= longest and (few or s > 16)), key=weights_in)  # pads H least
     weights = weights_in(slice_size)
     # Besides weights: h of a chunk on its way into products, and after these the slices' sums; neither is in two parts
     # of TF32, as `size` has it.
@@ -133,9 +134,14 @@ def _grid(work: Work, facts: Facts, rows: int = 16, units: int = 16, warps: int 
     why = _no_room("grid", weights, scratch, facts)
     if why:
         return why
+    # A kernel that launches at all has room for one program on each multiprocessor, whatever its registers and shared
+    # memory; a MIG slice is a device with a count of its own. Where a process has fewer than its device (MPS, green
+    # contexts), the driver refuses the launch, and launch.py says so: no program waits for one that cannot start.
     programs = divide_up(H, units) * divide_up(work.B, rows) * work.D
     if facts.cooperative and programs > facts.multiprocessors:
         return f"{programs} programs must run at once, the device has {facts.multiprocessors} multiprocessors"
+    if work.dtype == torch.float32 and not work.backward:
+        slice_size = 16  # has room where longer ones have, and spills less; backward spills more by it
     return Plan("grid", rows, units, warps, warps, slice_size, facts.cooperative)
 
 
@@ -198,7 +204,7 @@ def plan(
             stepwise that can run.
         tf32: whether products of float32 may be TF32.
         facts: of the device.
-        backward: the pass; by rule both are cut alike, by a table each for itself.
+        backward: the pass; by rule both have the same engine, by a table each its own.
 
     Raises:
         RuntimeError: `engine` cannot run this; the message says "cannot run: " and why.
