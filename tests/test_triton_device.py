@@ -25,6 +25,7 @@ from tests.cuda_works import Place, Work, attention_work, move_problem, moved
 from tests.helpers import DTYPES, Layer, assert_as_accurate, assert_same_bits, make_layer
 from tests.test_cuda_device import WAIT_CYCLES, names, on_cpu, on_device, set_tf32
 from tests.test_linear_cross_entropy import REDUCTIONS, make_inputs, results, torch_loss
+from tests.test_packed_rows import padded_and_packed
 
 pytestmark = [
     pytest.mark.cuda,
@@ -192,8 +193,12 @@ def count_compiled(kernel: Any) -> int:
 
 
 def layer_work(engine: str | None, training: bool) -> Work:
-    """Two directions with resets, without lengths: those on the CPU are read before each call."""
-    layer = on_device(make_layer("lstm", 5, 4, 7, 40, D=2, resets=torch.rand(5, 4) < 0.3, every_c=True))
+    """Two directions with resets, without lengths, whose copy from pageable memory may wait."""
+    return work_of(make_layer("lstm", 5, 4, 7, 40, D=2, resets=torch.rand(5, 4) < 0.3, every_c=True), engine, training)
+
+
+def work_of(layer: Layer, engine: str | None, training: bool) -> Work:
+    layer = on_device(layer)
     run = layer.run if training else layer.infer
     return Work(lambda: run("triton", engine=engine), [layer.x, layer.h0])
 
@@ -252,6 +257,15 @@ def test_a_layer_is_held_by_a_graph_and_waits_for_nothing(engine: str | None, tr
         work.run()
     assert_a_graph_holds(work)
     assert_nothing_waits(work)
+
+
+@every_engine
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_graph_keeps_lengths(packed: bool, engine: str | None) -> None:
+    work = work_of(padded_and_packed("lstm", [5, 4, 4, 0], D=2)[packed], engine, training=True)
+    with skip_refused(engine):
+        work.run()
+    assert_a_graph_holds(work)
 
 
 @pytest.mark.usefixtures("chunks")

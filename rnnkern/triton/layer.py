@@ -41,6 +41,14 @@ def multiply_batch(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.bmm(a, b, out.dtype, out=out)
 
 
+def place_lengths(lengths: Tensor, device: torch.device) -> Tensor:
+    """Lengths on a device by arguments of launches, which a CUDA graph keeps: it takes no copy from pageable memory."""
+    placed = torch.zeros_like(lengths, device=device)
+    if placed.numel() > 0:
+        torch._foreach_add_(placed.unbind(), lengths.tolist())  # a launch for some hundred numbers, passed by value
+    return placed
+
+
 @dataclass
 class Layer:
     """The arguments of a layer as the engines take them, contiguous."""
@@ -64,18 +72,17 @@ class Layer:
         longest, padded = self.T, False
         lengths = offsets = None
         if self.lengths is not None:
-            if self.x.is_cuda and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(  # copies from pageable memory cannot be captured
-                    "a CUDA graph does not take lengths on the CPU to Triton's kernels: capture a layer without lengths"
-                )
             longest = int(self.lengths.max()) if self.B > 0 else 0
             self.T = longest if packed else self.T
             padded = not packed and self.B > 0 and int(self.lengths.min()) < self.T
-            lengths = self.lengths.to(self.x.device, non_blocking=True)
+            if self.x.is_cuda and torch.cuda.is_current_stream_capturing():
+                lengths = place_lengths(self.lengths, self.x.device)
+            else:
+                lengths = self.lengths.to(self.x.device, non_blocking=True)
             if packed:
-                ended = torch.bincount(self.lengths, minlength=self.T + 1)[: self.T]
-                alive = self.B - ended.cumsum(0)  # rows of each step
-                offsets = torch.nn.functional.pad(alive.cumsum(0), (1, 0)).to(self.x.device, non_blocking=True)
+                steps = torch.arange(self.T, device=self.x.device)
+                ended = torch.searchsorted(lengths.flip(0), steps, right=True)  # packed rows come longest first
+                offsets = torch.nn.functional.pad((self.B - ended).cumsum(0), (1, 0))
         self.longest, self.padded = longest, padded
         resets = None if self.resets is None else self.resets.contiguous()
         self.sequence = Sequence(lengths, offsets, resets)
