@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rnnkern import triton as kernels
 from rnnkern.cells import CELLS
 from rnnkern.ops._dispatch import TRITON_ENGINES
 from rnnkern.ops.products import widens
-from rnnkern.triton import config
+from rnnkern.triton import config, launch
 from rnnkern.triton.config import Facts
 
 H100 = Facts("cuda", 132, 232448)
@@ -65,6 +66,25 @@ def test_slices_pad_the_sum_least() -> None:
     for H, size in ((512, 64), (640, 16), (768, 32), (1024, 64), (100, 16), (1168, 32), (1296, 64)):
         found = config.plan("gru", torch.bfloat16, H, 16, 1, "grid", False, H100)
         assert found.slice_size == size
+
+
+def test_slices_of_float32_follow_the_pass() -> None:
+    """By which it spills least; both passes have room where one has."""
+
+    def found(backward: bool, H: int) -> config.Plan:
+        return config.plan("lstm", torch.float32, H, 16, 1, "", False, H100, backward)
+
+    assert [(found(b, 256).engine, found(b, 256).slice_size) for b in (False, True)] == [("grid", 16), ("grid", 32)]
+    assert all(found(False, H).engine == found(True, H).engine for H in range(1, 600))
+
+
+def test_a_refused_cooperative_launch_is_explained() -> None:
+    class Refused:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    with pytest.raises(RuntimeError, match=r"refuses to run 6 programs.*engine=\"stepwise\""):
+        launch.launch(Refused(), (2, 3))
 
 
 def test_products_that_widen_are_for_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:

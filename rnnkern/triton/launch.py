@@ -1,6 +1,7 @@
 """The one way to run a kernel; and what a launch would compile, for a GPU that is not here."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -46,7 +47,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
         return
-    kernel[grid](*arguments, **constants)
+    try:
+        kernel[grid](*arguments, **constants)
+    except RuntimeError as error:
+        if "cooperative launch" not in str(error):  # the driver's words where programs cannot all run at once
+            raise
+        raise RuntimeError(
+            f"the driver refuses to run {math.prod(grid)} programs of the grid engine at once: this process has fewer "
+            'multiprocessors than its device; force another engine: rnnkern.backend("triton", engine="stepwise")'
+        ) from error
 
 
 def device_guard(x: Tensor) -> AbstractContextManager[Any]:
