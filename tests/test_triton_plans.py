@@ -1,5 +1,6 @@
 """How Triton's engines cut a layer, what would be compiled for it, and the gate on what that needs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -142,6 +143,22 @@ for engine in TRITON_ENGINES:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(not kernels.available, reason=kernels.reason)
+def test_every_kernel_is_recorded_and_no_other() -> None:
+    """By each version of Triton that has a part of resources.json."""
+    from rnnkern.triton import compile
+
+    wanted = {
+        (name, target)
+        for case in compile.cases()
+        for target, gpu in compile.TARGETS.items()
+        for name in compile.launches_of(case, gpu)
+    }
+    for version, of in json.loads(compile.BASELINE.read_text()).items():
+        recorded = {(name, target) for name, targets in of.items() for target in targets}
+        assert recorded == wanted, version
 
 
 @pytest.mark.skipif(not kernels.available, reason=kernels.reason)
