@@ -194,11 +194,18 @@ def make_layer(
     for direction in range(2):
         present = [(uniform(*shape) * scale * (0.25 if clear else 1)).to(dtype) for shape in shapes if direction < D]
         if clear and present:
-            present[2] = uniform(rows).sign().mul(2).to(dtype)
+            by = uniform(rows).sign().mul(2).to(dtype)
+            if bias:
+                present[2] = by
+            else:
+                present[0][:, :1] = by[:, None]
         weights += [*present, *[None] * (4 - len(present))]
+    x = uniform(T, B, I).to(dtype)
+    if clear and not bias:
+        x[:, :, :1] = 1  # so that the first column of W_ih is what b_ih else would be
     return Layer(
         cell=cell,
-        x=uniform(T, B, I).to(dtype),
+        x=x,
         h0=uniform(D, B, H).to(dtype),
         # Values that the storage dtype has too, so that torch can start from the same.
         c0=uniform(D, B, H).to(dtype).to(compute_dtype(dtype)) if two_states else None,
