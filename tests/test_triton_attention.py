@@ -13,6 +13,7 @@ from rnnkern.ops.attention import OPERATORS, reference
 from tests.attention_problem import PADDINGS, SCORES, Problem, make_problem
 from tests.helpers import assert_as_accurate, assert_same_bits, error
 from tests.test_recurrence import names
+from tests.triton_launches import specialized
 
 _why = kernels.missing_on("cpu")
 pytestmark = pytest.mark.skipif(bool(_why), reason=_why)
@@ -241,7 +242,7 @@ def test_refusals() -> None:
 
 
 def compiled_for(score: str, B: int, Tq: int, Tk: int, *, D: int = 20, Dv: int = 17) -> list[Any]:
-    """What Triton compiles for: of each launch the kernel, its constants, and types and alignments of its arguments."""
+    """What Triton compiles for, launch by launch."""
     from rnnkern.triton import attention, config, launch
 
     query, key, value = (torch.zeros(B, T, C, dtype=torch.float16) for T, C in ((Tq, D), (Tk, D), (Tk, Dv)))
@@ -251,23 +252,7 @@ def compiled_for(score: str, B: int, Tq: int, Tk: int, *, D: int = 20, Dv: int =
     with launch.recording(config.Facts("cuda", 132, 232448)) as found:
         attention.attention(*inputs, True)
         attention.attention_backward(query.new_empty(B, Tq, Dv), query.new_empty(B, Tq, Tk), *inputs)
-
-    def described(kernel: Any, name: str, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            loose = name in (kernel.kwargs["do_not_specialize_on_alignment"] or ())
-            return value.dtype, loose or value.data_ptr() % 16 == 0
-        if isinstance(value, int) and name not in kernel.kwargs["do_not_specialize"]:
-            return value == 1, value % 16 == 0
-        return type(value)
-
-    return [
-        (
-            one.kernel.fn.__name__,
-            one.constants,
-            [described(one.kernel, *a) for a in zip(one.kernel.arg_names, one.arguments)],
-        )
-        for one in found
-    ]
+    return list(map(specialized, found))
 
 
 @pytest.mark.parametrize("score", ["dot", "additive"])

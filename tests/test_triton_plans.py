@@ -18,6 +18,7 @@ from rnnkern.ops._dispatch import TRITON_ENGINES
 from rnnkern.ops.products import widens
 from rnnkern.triton import config, launch
 from rnnkern.triton.config import Facts
+from tests.triton_launches import specialized
 
 H100 = Facts("cuda", 132, 232448)
 MI300 = Facts("hip", 304, 65536)
@@ -143,6 +144,27 @@ for engine in TRITON_ENGINES:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(bool(kernels.missing_on("cpu")), reason=kernels.missing_on("cpu"))
+@pytest.mark.parametrize("engine", TRITON_ENGINES)
+def test_slices_of_a_batch_compile_nothing(engine: str) -> None:
+    """Wherever states of a layer, resets of a few steps and a gradient begin in memory: a row has 72 bytes here."""
+    from rnnkern.triton.launch import recording
+
+    H, T, dtype = 36, 5, torch.float16
+    module = rnnkern.nn.LSTM(8, H, num_layers=2, dtype=dtype, checkpoint_every=2)
+
+    def compiled_for(B: int) -> set[str]:
+        x, resets = torch.zeros(T, B, 8, dtype=dtype), torch.zeros(T, B, dtype=torch.bool)
+        states = torch.zeros(2, B, H, dtype=dtype), torch.zeros(2, B, H, dtype=dtype)
+        with rnnkern.backend("triton", engine=engine), recording(H100) as launches:
+            y, _ = module(x, states, resets=resets)
+            torch.cat((torch.zeros(1, B, H, dtype=dtype), y)).square().sum().backward()
+        return {repr(specialized(launch)) for launch in launches}
+
+    expected = compiled_for(16)
+    assert all(compiled_for(B) == expected for B in (1, 2, 3, 17))
 
 
 @pytest.mark.skipif(not kernels.available, reason=kernels.reason)

@@ -33,6 +33,12 @@ def saved_sizes(cell: str, rows: int, D: int, H: int, dtype: torch.dtype) -> tup
     return c + divide_up(units * len(spec.saved) * dtype.itemsize, compute_dtype(dtype).itemsize), c
 
 
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous, and at a multiple of 16 bytes: where slices begin may follow from B, and alignment compiles anew."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def multiply_batch(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a b, a batch of products; b is `Layer.factor` or its transpose, out is in the compute dtype."""
     if out.dtype == b.dtype:
@@ -64,7 +70,7 @@ class Layer:
 
     def __post_init__(self) -> None:
         self.D, self.B, self.H = self.h0.shape
-        self.x, self.h0 = self.x.contiguous(), self.h0.contiguous()
+        self.x, self.h0 = self.x.contiguous(), aligned(self.h0)
         self.c0 = None if self.c0 is None else self.c0.contiguous()
         packed = self.x.dim() == 2
         self.rows = self.x.shape[0] if packed else self.x.shape[0] * self.x.shape[1]
@@ -84,7 +90,7 @@ class Layer:
                 ended = torch.searchsorted(lengths.flip(0), steps, right=True)  # packed rows come longest first
                 offsets = torch.nn.functional.pad((self.B - ended).cumsum(0), (1, 0))
         self.longest, self.padded = longest, padded
-        resets = None if self.resets is None else self.resets.contiguous()
+        resets = None if self.resets is None else aligned(self.resets)
         self.sequence = Sequence(lengths, offsets, resets)
         self.spec = CELLS[self.cell]
         self.gates = len(self.spec.gates) * self.H
@@ -242,8 +248,8 @@ def backward(
     saved, c_before = layer.values(kept)
     given = Backward(
         layer.w_hh,
-        None if dy is None else dy.contiguous(),
-        None if dc_all is None else dc_all.contiguous(),
+        None if dy is None else aligned(dy),
+        None if dc_all is None else aligned(dc_all),
         saved,
         c_before,
         h_before,
