@@ -15,7 +15,7 @@ os.environ["RNNKERN_TRITON_TABLE"] = ""  # a user's own table changes what runs
 
 import rnnkern
 from rnnkern import _enable, _operators
-from tests.helpers import ISAS, instruction_set, poisoned_memory, threads
+from tests.helpers import ISAS, instruction_set, poisoned_memory, setting, threads
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def poison() -> Iterator[None]:
     """Memory that operators allocate starts as NaN."""
     with poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def torch_poison() -> Iterator[None]:
+    """Memory that torch allocates starts as NaN: that of Triton's kernels, which `poison` does not reach."""
+    with setting(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True):
+        assert torch.empty(1).isnan()
         yield
 
 

@@ -16,7 +16,7 @@ from tests.test_recurrence import names
 from tests.triton_launches import specialized
 
 _why = kernels.missing_on("cpu")
-pytestmark = pytest.mark.skipif(bool(_why), reason=_why)
+pytestmark = [pytest.mark.skipif(bool(_why), reason=_why), pytest.mark.usefixtures("torch_poison")]
 
 SHAPES = [
     (3, 1, 1, 1, 1),

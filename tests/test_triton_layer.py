@@ -17,7 +17,7 @@ from tests.helpers import Layer, assert_as_accurate, make_layer
 from tests.test_recurrence import lengths_like, names
 
 _why = kernels.missing_on("cpu")
-pytestmark = pytest.mark.skipif(bool(_why), reason=_why)
+pytestmark = [pytest.mark.skipif(bool(_why), reason=_why), pytest.mark.usefixtures("torch_poison")]
 
 CASES = [(engine, dtype) for engine in TRITON_ENGINES for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 CASES += [("stepwise", torch.float64)]
@@ -86,6 +86,20 @@ def test_programs_of_32_rows(cell: str) -> None:
         assert config.plan(cell, torch.float16, 40, 35, 1, "resident", False, facts).rows == 32
         actual = layer.run("triton", engine="resident")
     assert_as_accurate(actual, layer.run_reference(), layer.run("eager"), torch.float16)
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["", "lengths and resets"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_one_launch_of_all_steps(cell: str, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grid's cooperative launch: a program that holds all units waits for itself alone, as the interpreter can."""
+    monkeypatch.setattr(Facts, "cooperative", True)
+    T, B, H = 5, 20, 13
+    given = {"lengths": torch.arange(B) % (T + 1), "resets": torch.rand(T, B) < 0.4} if ends else {}
+    layer = make_layer(cell, T, B, 3, H, D=2, every_c=True, **given)
+    facts = config.facts_of(layer.x.device)
+    assert config.plan(cell, torch.float32, H, B, 2, "grid", False, facts).cooperative
+    actual = layer.run("triton", engine="grid")
+    assert_as_accurate(actual, layer.run_reference(), layer.run("eager"), torch.float32)
 
 
 @pytest.mark.parametrize("engine", TRITON_ENGINES)

@@ -18,7 +18,7 @@ from tests.test_linear_cross_entropy import (
 )
 
 _why = kernels.missing_on("cpu")
-pytestmark = pytest.mark.skipif(bool(_why), reason=_why)
+pytestmark = [pytest.mark.skipif(bool(_why), reason=_why), pytest.mark.usefixtures("torch_poison")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
