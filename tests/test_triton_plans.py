@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +39,8 @@ def test_the_engine_follows_from_what_fits() -> None:
     assert plan("lstm", 64, dtype=torch.float64) == "stepwise"
     assert [plan("lstm", H, facts=MI300) for H in (64, 128, 1024)] == ["resident", "grid", "grid"]
     assert plan("lstm", 64, facts=Facts("xpu", 64, 65536)) == "stepwise"
+    small = {H: plan("lstm", H, facts=Facts("cuda", 128, 101376)) for H in (64, 65, 640, 641)}
+    assert list(small.values()) == ["resident", "grid", "grid", "stepwise"]
 
 
 def test_a_grid_runs_at_once_or_not_at_all() -> None:
@@ -202,3 +205,57 @@ def test_the_gate_finds_regressions(tmp_path: Path) -> None:
     assert found(40, 232449, 0)[0] == "same on sm_90: 232449 bytes of shared memory, there are 232448"
     assert found(40, 0, 0, name="other") == ["same: gone", "other on sm_90: new"]
     assert found(40, 0, 0, name="other", whole=False) == ["other on sm_90: new"]
+
+
+@pytest.mark.skipif(not kernels.available, reason=kernels.reason)
+def test_the_gate_never_passes_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Triton that is not recorded is compared with the newest that is; without Triton nothing passes."""
+    import triton
+
+    from rnnkern.triton import compile
+    from rnnkern.triton.compile import Resources
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compile, "BASELINE", tmp_path / "resources.json")
+    compile.save(
+        {"3.9.0": {"same": {"sm_90": [99, 0, 9]}}, "3.10.0": {"same": {"sm_90": [40, 0, 0]}}}, compile.BASELINE
+    )
+    monkeypatch.setattr(triton, "__version__", "3.11.0")
+    monkeypatch.setattr(sys, "argv", ["compile", "--targets", "sm_90"])
+
+    def check(*numbers: int) -> str:
+        monkeypatch.setattr(compile, "compile_all", lambda *_: {"same": {"sm_90": Resources(*numbers)}})
+        with nullcontext() if numbers[2] == 0 else pytest.raises(SystemExit, match="if this is meant"):
+            compile.main()
+        return capsys.readouterr().out
+
+    assert check(40, 0, 0).startswith("1 kernels by Triton 3.11.0, compared with 3.10.0's;")
+    told = check(41, 999999, 9)
+    assert "same on sm_90: spills 9 bytes, 0 before" in told
+    assert "same on sm_90: 999999 bytes of shared memory, there are 232448" in told
+
+    monkeypatch.setattr(kernels, "reason", "Triton is not installed")
+    with pytest.raises(SystemExit, match="nothing was compiled: Triton is not installed"):
+        compile.main()
+
+
+@pytest.mark.skipif(not kernels.available, reason=kernels.reason)
+def test_layers_are_compiled_as_most_are_trained() -> None:
+    """Ahead of time, among the cases of every change, too: without lengths, resets, and gradients of c."""
+    from rnnkern.triton.compile import TARGETS, layer_cases
+    from rnnkern.triton.launch import recording
+
+    plain = set()
+    for case in layer_cases():
+        if not case.quick:
+            continue
+        with recording(TARGETS["sm_90"].facts) as launches:
+            case.run()
+        for one in launches:
+            sequence, given = one.arguments[:2]
+            if one.kernel.fn.__name__.startswith("backward") and given.dc_all is sequence.lengths is None:
+                assert sequence.resets is None
+                plain.add(one.kernel.fn.__module__.rpartition(".")[2])
+    assert plain == set(TRITON_ENGINES)

@@ -5,9 +5,10 @@
 A case runs a layer on tensors without memory and lists what it would launch on a GPU of given facts
 (`rnnkern.triton.launch.recording`), so that kernels are compiled for the very arguments and constants that they run
 with. Writes a table to build/triton-resources.md and compares with resources.json beside this file, which has a part
-for each version of Triton that was asked: fails where a kernel needs more shared memory than a program may have, spills
-more, or needs more registers or shared memory than before, and where one comes or goes without `--update`, which writes
-resources.json anew. `--quick` takes some of the cases, for every change.
+for each version of Triton that was asked; another version is compared with the newest of them. Fails where a kernel
+needs more shared memory than a program may have, spills more, or needs more registers or shared memory than before,
+where one comes or goes without `--update`, which writes resources.json anew, and where there is no Triton. `--quick`
+takes some of the cases, for every change.
 """
 
 import argparse
@@ -84,9 +85,12 @@ def run_layer(
     tf32: bool,
     T: int = 3,
     *,
-    bare: bool = False,
+    having: str = "all",
 ) -> None:
-    """Forward and backward of a layer with all that it may have; `bare`: forward alone, with nothing of that."""
+    """Forward and backward of a layer with all that it may have.
+
+    "plain": with biases alone, as most layers are trained; "bare": forward alone, without these.
+    """
     from rnnkern.triton import layer
 
     G = len(CELLS[cell].gates)
@@ -96,17 +100,17 @@ def run_layer(
 
     compute = compute_dtype(dtype)
     c0 = tensor(D, B, H, dtype=compute) if len(CELLS[cell].states) == 2 else None
-    biases = (None, None) if bare else (tensor(G * H), tensor(G * H))
+    biases = (None, None) if having == "bare" else (tensor(G * H), tensor(G * H))
     weights = (tensor(G * H, H), tensor(G * H, H), *biases) * D + (None,) * (8 - 4 * D)
-    if bare:
-        arguments = layer.Layer(cell, tensor(T, B, H), tensor(D, B, H), c0, weights, None, None, tf32)
+    whole = having == "all"
+    lengths, resets = (torch.full((B,), T), tensor(T, B, dtype=torch.bool)) if whole else (None, None)
+    arguments = layer.Layer(cell, tensor(T, B, H), tensor(D, B, H), c0, weights, lengths, resets, tf32)
+    if having == "bare":
         layer.forward(arguments, engine, False, False)
         return
-    lengths, resets = torch.full((B,), T), tensor(T, B, dtype=torch.bool)
-    arguments = layer.Layer(cell, tensor(T, B, H), tensor(D, B, H), c0, weights, lengths, resets, tf32)
-    y, h_n, _, c_all, saved = layer.forward(arguments, engine, True, True)
-    dc_n, dc_all = (c0, c_all) if c0 is not None else (None, None)
-    layer.backward(arguments, engine, y, h_n, dc_n, dc_all, y, saved, True, True, True, 0.0)
+    y, _, _, c_all, saved = layer.forward(arguments, engine, whole, True)
+    dc_all = c_all if whole and c0 is not None else None
+    layer.backward(arguments, engine, y, None, None, dc_all, y, saved, True, True, True, 0.0)
 
 
 def run_largest(
@@ -118,12 +122,12 @@ def run_largest(
     *,
     B: int = 16,
     D: int = 1,
-    bare: bool = False,
+    having: str = "all",
 ) -> str:
     """`run_layer` of the first size that the engine has room for."""
     for H in sizes:
         try:
-            run_layer(cell, dtype, engine, H, B, D, tf32, bare=bare)
+            run_layer(cell, dtype, engine, H, B, D, tf32, having=having)
         except RuntimeError as error:
             if "cannot run: " not in str(error):
                 raise
@@ -148,9 +152,13 @@ def layer_cases() -> Iterable[Case]:
                     )
     # What the table of configurations does only for these, and kernels that lack what those above have.
     for engine in sizes:
-        of_lstm = functools.partial(run_largest, "lstm", torch.bfloat16, engine, sizes[engine])
+        of_lstm, of_gru = (
+            functools.partial(run_largest, cell, torch.bfloat16, engine, sizes[engine]) for cell in ("lstm", "gru")
+        )
         yield Case("lstm bf16 D=2", False, functools.partial(of_lstm, D=2))
-        yield Case("lstm bf16 bare", False, functools.partial(of_lstm, bare=True))
+        yield Case("lstm bf16 bare", False, functools.partial(of_lstm, having="bare"))
+        yield Case("lstm bf16 plain", True, functools.partial(of_lstm, having="plain"))
+        yield Case("gru bf16 plain", False, functools.partial(of_gru, having="plain"))
     for cell in CELLS:
         many = functools.partial(run_largest, cell, torch.bfloat16, "resident", (64,), B=2**15)
         yield Case(f"{cell} bf16 B=32768", False, many)
@@ -318,6 +326,11 @@ def save(recorded: dict[str, Any], path: Path) -> None:
     path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
+def comparable(version: str, recorded: Iterable[str]) -> str:
+    """The version to compare with: itself, or the newest."""
+    return version if version in recorded else max(recorded, key=lambda known: [*map(int, re.findall(r"\d+", known))])
+
+
 def regressions(found: Kernels, recorded: dict[str, dict[str, list[int]]], whole: bool) -> list[str]:
     """What must not be, one line each. `whole`: every kernel was compiled."""
     wrong = [f"{name}: gone" for name in recorded if whole and name not in found]
@@ -349,31 +362,28 @@ def main() -> None:
     parser.add_argument("--update", action="store_true", help="write resources.json anew, what was compiled of it")
     options = parser.parse_args()
     if kernels.reason:
-        print(f"skipped: {kernels.reason}")
-        return
+        sys.exit(f"nothing was compiled: {kernels.reason}")
     import triton
 
     found = compile_all(options.targets, options.quick, options.only)
     report = Path("build", "triton-resources.md")
     report.parent.mkdir(exist_ok=True)
     report.write_text(table(found))
-    recorded = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
-    of = recorded.setdefault(triton.__version__, {})
+    recorded = json.loads(BASELINE.read_text())
     whole = options.targets == list(TARGETS) and not options.quick and not options.only
     if options.update:
+        of = recorded.setdefault(triton.__version__, {})
         if whole:
             of.clear()
         for name, targets in found.items():
             of[name] = of.get(name, {}) | {target: list(resources) for target, resources in targets.items()}
         save(recorded, BASELINE)
+    version = comparable(triton.__version__, recorded)
     count = sum(map(len, found.values()))
-    print(f"{count} kernels by Triton {triton.__version__}; all in {report}")
-    if not of:
-        print(f"nothing was compared: {BASELINE.name} knows {', '.join(recorded)}")
-        return
+    print(f"{count} kernels by Triton {triton.__version__}, compared with {version}'s; all in {report}")
     spilling = [f"{name} on {target}" for name, by in found.items() for target, r in by.items() if r.spilled]
     print(f"{len(spilling)} spill" + "".join(f"\n  {name}" for name in spilling))
-    wrong = regressions(found, of, whole)
+    wrong = regressions(found, recorded[version], whole)
     if wrong:
         print("\n".join(wrong))
         sys.exit("if this is meant: make triton-check ARGS=--update, and commit the change of resources.json")
