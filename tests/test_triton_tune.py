@@ -13,7 +13,7 @@ import rnnkern
 from rnnkern import triton as kernels
 from rnnkern.__main__ import main
 from rnnkern.cells import CELLS
-from rnnkern.triton import config, layer, table
+from rnnkern.triton import config, table
 from rnnkern.triton.config import Facts
 from rnnkern.triton.table import Entry, Plan, Table, Work
 from tests.helpers import assert_as_accurate, make_layer
@@ -253,7 +253,7 @@ def test_the_fastest_is_written(tmp_path: Path) -> None:
 
 @interpreted
 def test_plans_that_fail_or_differ_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rnnkern.triton import tune
+    from rnnkern.triton import layer, tune
 
     path, lines, run = tmp_path / "table.json", [], layer.forward
 
