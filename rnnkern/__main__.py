@@ -19,6 +19,7 @@ from rnnkern._bench.machine import cpu_name
 from rnnkern._bench.probes import Probes, ProbesUnavailable, ceilings
 from rnnkern._bench.timing import compare
 from rnnkern.ops import _dispatch
+from rnnkern.triton import probe
 
 CELLS = {"lstm": "lstm", "gru": "gru", "rnn": "rnn_tanh", "rnn_relu": "rnn_relu"}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -235,7 +236,7 @@ def tune(arguments: argparse.Namespace) -> None:
 
     where = arguments.device or gpu()
     assert where is not None  # or the backend would be absent
-    if why := triton.missing_on(where.type):
+    if why := probe.refusal(where):
         raise rnnkern.BackendUnavailable(why)
     name = config.facts_of(where).name
     path = arguments.table or table.path_of(name) or table.default_path(name)

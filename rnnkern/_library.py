@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from rnnkern import triton
+from rnnkern.triton import probe
 
 _PATH = Path(__file__).with_name("librnnkern.so")
 _EMULATED_PATH = Path(__file__).with_name("librnnkern_emulated.so")
@@ -103,7 +104,7 @@ def unsupported(code: Sequence[str], device: str, capability: tuple[int, int]) -
 
 # Why the kernels of a backend are not here, "" if they are.
 missing = {"cpu": reason, "cuda": _missing_cuda(), "cuda-emulated": "the emulated kernels are not loaded"}
-_warned = False
+_warned: set[str] = set()
 
 
 @functools.cache
@@ -148,13 +149,18 @@ def load_emulated() -> None:
             missing["cuda-emulated"] = f"{_EMULATED_PATH.name} does not load: {error}"
 
 
-def warn_if_missing() -> None:
-    """Says once that the compiled kernels are missing: the eager reference is far slower than torch.nn."""
-    global _warned
-    if available or _warned:
-        return
-    _warned = True
-    warnings.warn(f"rnnkern runs its slow eager reference: {reason}", RuntimeWarning, stacklevel=2)
+def warn_if_missing(device: torch.device) -> None:
+    """Says once that the CPU's kernels are missing, or that Triton fails: the reference is far slower than torch.nn.
+
+    Not that a GPU has no kernels because nobody installed any: that is what `info` and `explain` tell.
+    """
+    why = reason if device.type == "cpu" else probe.known_refusal(device)
+    if why and why not in _warned:
+        _warned.add(why)
+        warnings.warn(f"rnnkern runs its slow eager reference: {why}", RuntimeWarning, stacklevel=2)
+
+
+warn_if_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def empty_cache() -> None:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -13,6 +13,7 @@ from rnnkern import _library, triton
 from rnnkern.cells import CELLS, EAGER_CELLS
 from rnnkern.ops import _overrides
 from rnnkern.ops.explain import LayerNote, both_passes, explaining, note
+from rnnkern.triton import probe
 
 BACKENDS = ("cpu", "cuda", "triton", "eager")  # in order of preference
 EMULATED = "cuda-emulated"  # CUDA's kernels run by the CPU, for tests; chosen only by force
@@ -111,12 +112,21 @@ def choose(
     return Choice("eager", f"{'; '.join(passed_over)}: eager reference")
 
 
+def _choose_here(cell: str, device: torch.device, dtype: torch.dtype, T: int, B: int, H: int, **facts: Any) -> Choice:
+    """`choose` on this machine, where Triton is tried on a GPU when it would first run there."""
+    missing = _library.missing_on(device)
+    choice = choose(cell, device.type, dtype, T, B, H, missing=missing, **facts)
+    if choice.backend == "triton" and (why := probe.refusal(device)):
+        choice = choose(cell, device.type, dtype, T, B, H, missing={**missing, "triton": why}, **facts)
+    return choice
+
+
 @functools.lru_cache(maxsize=4096)
 def _cached_choice(
     cell: str, device: torch.device, dtype: torch.dtype, T: int, B: int, H: int, projection: bool
 ) -> Choice:
     """`choose` without an override; a short call spends half a microsecond here, not three."""
-    return choose(cell, device.type, dtype, T, B, H, projection=projection, missing=_library.missing_on(device))
+    return _choose_here(cell, device, dtype, T, B, H, projection=projection)
 
 
 def absence(backend: str) -> str:
@@ -125,6 +135,8 @@ def absence(backend: str) -> str:
     if backend == "triton" and not triton.interprets():
         device = next((kind for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()), device)
     why = refusal(backend, "lstm", device, torch.float32, 1, missing=_library.missing_on(torch.device(device)))
+    if backend == "triton":
+        return why or probe.refusal(torch.device(device))
     return "torch finds no GPU" if not why and device == "cuda" and not torch.cuda.is_available() else why
 
 
@@ -274,9 +286,9 @@ def select(
     if _overrides.count == 0 and not compiling and not changed:
         choice = _cached_choice(cell, device, dtype, T, B, H, projection)
     else:
-        choice = choose(
+        choice = _choose_here(
             cell,
-            device.type,
+            device,
             dtype,
             T,
             B,
@@ -284,7 +296,6 @@ def select(
             projection=projection,
             transformed=changed,
             forced=forced(),
-            missing=_library.missing_on(device),
         )
         if explaining():
             engine = ""
@@ -296,6 +307,6 @@ def select(
                 if torch.is_grad_enabled():
                     engine += f"; backward: {triton_plan(cell, x, h0, backward=True)}"
             note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why, engine)
-    if choice.backend == "eager" and device.type == "cpu" and _library.reason:
-        _library.warn_if_missing()
+    if choice.backend == "eager":
+        _library.warn_if_missing(device)
     return choice.backend

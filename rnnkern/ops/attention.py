@@ -19,6 +19,7 @@ from torch import Tensor
 from rnnkern import _library
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops import _dispatch, _overrides, explain, onnx
+from rnnkern.triton import probe
 
 Score = Literal["dot", "additive"]
 
@@ -242,7 +243,7 @@ def refusal(backend: str, device: torch.device, dtype: torch.dtype, transformed:
         return f"{dtype} is not supported by {backend} kernels"
     if transformed:
         return f"{_dispatch.TRANSFORMED} by {backend} kernels"
-    return _library.missing_on(device)[backend]
+    return probe.refusal(device) if backend == "triton" else _library.missing_on(device)[backend]
 
 
 def _choose(forced: str | None, device: torch.device, dtype: torch.dtype, transformed: bool) -> tuple[str, str]:
@@ -301,7 +302,6 @@ def attend(
         rnnkern.BackendUnavailable: the backend that the caller forced cannot run this.
     """
     compiling = torch.compiler.is_compiling()
-    device = query.device.type
     # The kernel checks what a traced program cannot. Lengths on a GPU are not worth waiting for: it takes the nearest.
     if lengths is not None and not compiling and lengths.device.type == "cpu":
         _check_range(lengths, key.shape[1])
@@ -327,8 +327,8 @@ def attend(
             "forced by rnnkern.backend" if forced else f"{why}: eager reference" if backend == "eager" else why,
         )
     if backend == "eager":
-        if forced is None and device == "cpu" and _library.reason:
-            _library.warn_if_missing()
+        if forced is None:
+            _library.warn_if_missing(query.device)
         context, weights = reference(query, key, value, vector, lengths, mask, score, scale)
         return context, weights if need_weights else None
     tracing = torch._C._get_tracing_state() is not None

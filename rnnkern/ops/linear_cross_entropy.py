@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from rnnkern import triton
+from rnnkern import _library
 from rnnkern.cells.reference import compute_dtype, without_autocast
 from rnnkern.ops import _dispatch, _overrides, explain, onnx
 from rnnkern.ops.cross_entropy import softmax
 from rnnkern.ops.formulas import grad_of
 from rnnkern.ops.products import widens
+from rnnkern.triton import probe
 
 # Turns a chunk's logits [R, V] into dz, if gradients are wanted, adds its sum over rows to dbias, if there is one, and
 # gives the losses [R] in the compute dtype:
@@ -334,14 +335,16 @@ def _choose(input: Tensor, weight: Tensor) -> _dispatch.Choice:
         return _dispatch.Choice("eager", "what is traced or exported keeps torch's operators")
     if not compiling and _dispatch.transformed():
         return _dispatch.Choice("eager", f"{_dispatch.TRANSFORMED}: eager reference")
-    device = input.device.type
-    backend = forced if forced in ("cpu", "triton") else "cpu" if device == "cpu" else "triton"
+    device = input.device
+    backend = forced if forced in ("cpu", "triton") else "cpu" if device.type == "cpu" else "triton"
     why = refusal(backend, device, input.dtype)
     if why and forced == backend:
         raise _dispatch.BackendUnavailable(f"backend {backend!r} cannot run linear_cross_entropy: {why}")
     if forced == "eager":
         return _dispatch.Choice("eager", "forced by rnnkern.backend")
     if why:
+        if not few:
+            _library.warn_if_missing(device)
         return _dispatch.Choice("eager", f"{why}: eager reference")
     if few and forced != backend:
         return _FEW
@@ -360,10 +363,10 @@ def _few(device: str, dtype: torch.dtype, N: int, V: int) -> bool:
     return N <= 256 or limit >= N * V
 
 
-def refusal(backend: str, device: str, dtype: torch.dtype) -> str:
+def refusal(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why a backend cannot run this, "" if it can."""
     if backend == "cpu":
-        return "" if device == "cpu" else f"the tensors are on {device}, not on the cpu"
+        return "" if device.type == "cpu" else f"the tensors are on {device.type}, not on the cpu"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{dtype} is not supported by triton kernels"
-    return triton.missing_on(device)
+    return probe.refusal(device)

@@ -14,6 +14,7 @@
   attention_parts.py   what these kernels share
   linear_cross_entropy.py  the loss of a chunk of logits and its gradient
   launch.py      the one way to run a kernel; compile.py: all kernels ahead of time, and what they need
+  probe.py       whether Triton runs anything on a GPU at all, found out before a layer does
 
 Importing this package imports no Triton: that takes time, and most processes on a CPU never need it.
 """
