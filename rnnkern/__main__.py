@@ -248,7 +248,8 @@ def tune(arguments: argparse.Namespace) -> None:
         )
     ]
     measure = functools.partial(tune.median_seconds, seconds=arguments.seconds)
-    tune.tune(works, arguments.T, where, path, measure)
+    cuda = where.type == "cuda" and not _library.missing_on(where)["cuda"]
+    tune.tune(works, arguments.T, where, path, measure, cuda=cuda)
     if path != table.path_of(name):
         print(f"read from the next process on if {table.VARIABLE}={path} is set")
 

@@ -54,6 +54,22 @@ def test_a_gpu_runs_the_first_that_can() -> None:
     assert choose(**CASE | {"device": "cuda"}, forced="triton").backend == "triton"
 
 
+def test_recorded_results_decide_between_gpu_backends() -> None:
+    gpu, triton_wins = CASE | {"device": "cuda"}, {"cuda": 1.8e-3, "triton": 1.2e-3}
+    why = "triton took 1.2 ms, cuda 1.8 ms by the table of plans"
+    assert choose(**gpu, seconds=triton_wins) == Choice("triton", why)
+    assert choose(**gpu, seconds={"cuda": 1e-3, "triton": 2.346e-3}) == Choice(
+        "cuda", "cuda took 1 ms, triton 2.35 ms by the table of plans"
+    )
+    assert choose(**gpu, seconds={"triton": 1e-3, "cuda": 1e-3}).backend == "cuda"
+    # The faster one goes first; what it cannot run the other may.
+    assert choose(**gpu, seconds=triton_wins, missing={"triton": "broken"}) == Choice("cuda", f"{why}; broken")
+    assert choose(**gpu, seconds=triton_wins, missing={"cuda": "no nvcc"}) == Choice("triton", why)
+    assert choose(**gpu, seconds=triton_wins, transformed=True).backend == "eager"
+    for name in ("cuda", "triton", "eager"):
+        assert choose(**gpu, seconds=triton_wins, forced=name) == Choice(name, "forced by rnnkern.backend")
+
+
 def test_forcing_a_backend_that_cannot_run() -> None:
     with (
         pytest.raises(ValueError, match="backend must be one of cpu, cuda, cuda-emulated, eager, triton, got 'mps'"),

@@ -345,7 +345,9 @@ def test_tune_measures_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert main(words) == 0
     entries = table.read(path, config.facts_of(torch.device("cuda", torch.cuda.current_device())).name)
     assert [work.backward for work in entries] == [True, False]
-    (_, forward) = entries.values()
+    (backward, forward) = entries.values()
+    without_cuda = bool(_library.missing_on(torch.device("cuda"))["cuda"])
+    assert [entry.cuda_seconds is None for entry in (forward, backward)] == [without_cuda] * 2
     monkeypatch.setenv(table.VARIABLE, str(path))
     table.load.cache_clear()
     try:

@@ -346,7 +346,7 @@ class _Recurrent(Packing, Options, Leaf):
             if c is None:
                 return y, h_n, None, states
             return y, h_n, c_n if compute == dtype else c_n.to(dtype), states
-        if runs_as_one(self, x, return_states):
+        if runs_as_one(self, x, h.shape[1], return_states):
             y, h, c = run_stack(self, x, h, c, first[0], lengths, resets, casts)
             return y, h, None if c is None else c.to(dtype), None
         h_layers, c_layers, outputs, cells = [], [], [], []

@@ -10,7 +10,12 @@ from rnnkern.ops.packs import Weights
 from rnnkern.ops.recurrence import recurrence
 
 
-def runs_as_one(layers: Any, x: Tensor, return_states: bool) -> bool:  # layers: a module of rnnkern.nn
+def runs_as_one(
+    layers: Any,  # a module of rnnkern.nn
+    x: Tensor,  # [T, B, I], or [N, I] of a PackedSequence
+    B: int,
+    return_states: bool,
+) -> bool:
     """Whether `run_stack` runs these layers: nothing is asked of a single one that only its own operator gives."""
     return (
         layers.num_layers > 1
@@ -18,7 +23,7 @@ def runs_as_one(layers: Any, x: Tensor, return_states: bool) -> bool:  # layers:
         and layers.checkpoint_every is None
         and layers.grad_clip_norm is None
         and layers._recurrence is recurrence
-        and cuda.runs_here(layers.mode.lower(), x, layers.hidden_size)
+        and cuda.runs_here(layers.mode.lower(), x, layers.hidden_size, B)
     )
 
 

@@ -1,7 +1,7 @@
 """The one place that chooses a backend: a pure function and a way to override it; `explain` shows what it chose."""
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -83,6 +83,7 @@ def choose(
     transformed: bool = False,
     forced: str | None = None,
     missing: Mapping[str, str] = MappingProxyType({}),
+    seconds: Mapping[str, float] = MappingProxyType({}),
 ) -> Choice:
     """Chooses the backend for one layer from these facts alone, so that it can be tested for hardware that is not here.
 
@@ -97,15 +98,23 @@ def choose(
         transformed: whether a torch.func transform or forward-mode differentiation is active.
         forced: the backend that the user asks for, or None.
         missing: for each backend why its kernels are absent, "" if they are present.
+        seconds: what the call took by each backend of this device, by recorded results: the fastest goes first. Empty:
+            nothing is recorded, and the order is that of PREFERRED.
 
     Raises:
         BackendUnavailable: `forced` cannot run this.
     """
+    order: Sequence[str] = (forced,) if forced else PREFERRED.get(device, ("cpu",))
+    recorded: list[str] = []
+    if seconds and not forced:
+        order = sorted(order, key=lambda backend: seconds[backend])
+        took = [f"{1e3 * seconds[backend]:.3g} ms" for backend in order]
+        recorded.append(f"{order[0]} took {took[0]}, {order[1]} {took[1]} by the table of plans")
     passed_over: list[str] = []
-    for backend in (forced,) if forced else PREFERRED.get(device, ("cpu",)):
+    for backend in order:
         why = refusal(backend, cell, device, dtype, H, projection=projection, transformed=transformed, missing=missing)
         if not why:
-            return Choice(backend, "forced by rnnkern.backend" if forced else "; ".join(passed_over))
+            return Choice(backend, "forced by rnnkern.backend" if forced else "; ".join((*recorded, *passed_over)))
         if forced:
             raise BackendUnavailable(f"backend {forced!r} cannot run {cell}: {why}")
         passed_over.append(why)
@@ -123,10 +132,52 @@ def _choose_here(cell: str, device: torch.device, dtype: torch.dtype, T: int, B:
 
 @functools.lru_cache(maxsize=4096)
 def _cached_choice(
-    cell: str, device: torch.device, dtype: torch.dtype, T: int, B: int, H: int, projection: bool
+    cell: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    T: int,
+    B: int,
+    H: int,
+    projection: bool,
+    recorded: tuple[int, bool, bool] | None = None,  # D, TF32, gradients: by recorded results; None: without
 ) -> Choice:
     """`choose` without an override; a short call spends half a microsecond here, not three."""
-    return _choose_here(cell, device, dtype, T, B, H, projection=projection)
+    seconds = {} if recorded is None else _recorded_seconds(cell, device, dtype, B, H, *recorded)
+    return _choose_here(cell, device, dtype, T, B, H, projection=projection, seconds=seconds)
+
+
+@functools.cache
+def _has_records(device: torch.device) -> bool:
+    """Whether recorded results may change what runs on a device; asked at every call that cuda would run."""
+    if device.type != "cuda" or triton.reason:
+        return False
+    from rnnkern.triton import config
+
+    return config.measured(device)
+
+
+def _recorded_seconds(
+    cell: str, device: torch.device, dtype: torch.dtype, B: int, H: int, D: int, tf32: bool, gradients: bool
+) -> dict[str, float]:
+    """What a layer took by cuda and by triton, by the user's table of plans; empty: it does not say."""
+    from rnnkern.triton import config
+
+    return config.measured_seconds(cell, dtype, H, B, D, tf32, config.facts_of(device), gradients)
+
+
+def _records(device: torch.device, T: int, D: int) -> tuple[int, bool, bool] | None:
+    """What else than its sizes says which results were recorded of a layer: D, TF32, gradients; None: none were.
+
+    Of a single step none are: those that were measured have many, and for one the CUDA backend has other kernels.
+    """
+    return (D, tf32_allowed(), torch.is_grad_enabled()) if T != 1 and _has_records(device) else None
+
+
+def choose_gpu(
+    cell: str, device: torch.device, dtype: torch.dtype, T: int, B: int, H: int, D: int, projection: bool = False
+) -> Choice:
+    """`choose` without an override, where cuda could run: recorded results may prefer triton."""
+    return _cached_choice(cell, device, dtype, T, B, H, projection, _records(device, T, D))
 
 
 def absence(backend: str) -> str:
@@ -260,6 +311,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def steps_of(x: torch.Tensor, B: int) -> int:
+    """T of x [T, B, I]. Of a PackedSequence's data [N, I] it is not known here: their mean, rounded up."""
+    return x.shape[0] if x.dim() == 3 else -(-x.shape[0] // max(B, 1))
+
+
 def select(
     cell: str,
     x: torch.Tensor,
@@ -274,18 +330,22 @@ def select(
     `int8`: the weights are; kernels differ.
 
     For `explain`: `fused` tells of a step that is one launch of its own, `lengths` decide which engine runs.
-
-    Of a PackedSequence's data [N, I] the number of steps is not known here: T is its mean, at least 1.
     """
     D, B, H = h0.shape
     I = x.shape[-1]
-    T = x.shape[0] if x.dim() == 3 else -(-x.shape[0] // max(B, 1))
+    T = x.shape[0] if x.dim() == 3 else -(-x.shape[0] // max(B, 1))  # `steps_of`, and a call less
     device, dtype = x.device, torch.int8 if int8 else x.dtype
     compiling = torch.compiler.is_compiling()
     changed = not compiling and transformed()
     if _overrides.count == 0 and not compiling and not changed:
         choice = _cached_choice(cell, device, dtype, T, B, H, projection)
+        if choice.backend == "cpu":
+            return "cpu"
+        if choice.backend == "cuda" and (records := _records(device, T, D)) is not None:
+            choice = _cached_choice(cell, device, dtype, T, B, H, projection, records)
     else:
+        # A traced program is to serve batches of any size: results, which are recorded of some, do not count for it.
+        records = None if compiling else _records(device, T, D)
         choice = _choose_here(
             cell,
             device,
@@ -296,6 +356,7 @@ def select(
             projection=projection,
             transformed=changed,
             forced=forced(),
+            seconds={} if records is None else _recorded_seconds(cell, device, dtype, B, H, *records),
         )
         if explaining():
             engine = ""

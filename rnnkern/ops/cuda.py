@@ -111,8 +111,11 @@ def fuses(cell: str, x: Tensor, H: int) -> bool:
     )
 
 
-def runs_here(cell: str, x: Tensor, H: int) -> bool:
-    """Whether these kernels, or their emulation, are what runs a layer of x here."""
+def runs_here(cell: str, x: Tensor, H: int, B: int | None = None) -> bool:
+    """Whether these kernels, or their emulation, are what runs B rows of a layer of one direction on x here.
+
+    None: x is of a single step.
+    """
     if x.is_cpu and not _overrides.count:
         return False
     forced, compiling = _dispatch.forced(), torch.compiler.is_compiling()
@@ -121,7 +124,8 @@ def runs_here(cell: str, x: Tensor, H: int) -> bool:
     if not compiling and _dispatch.transformed():
         return False
     if forced is None and not compiling:  # a short call has no time to ask for the device's capability
-        return _dispatch._cached_choice(cell, x.device, x.dtype, 0, 0, H, False).backend == "cuda"
+        T, B = (1, x.shape[0]) if B is None else (_dispatch.steps_of(x, B), B)
+        return _dispatch.choose_gpu(cell, x.device, x.dtype, T, B, H, 1).backend == "cuda"
     missing = _library.missing_on(x.device)
     return not _dispatch.refusal(forced or "cuda", cell, x.device.type, x.dtype, H, missing=missing)
 

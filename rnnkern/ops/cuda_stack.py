@@ -197,9 +197,10 @@ def stack(
 def _tell(cell: str, x: Tensor, h0: Tensor, plan: Callable[..., str]) -> None:
     """Notes for `explain`, one for each layer."""
     L, B, H = h0.shape
-    T = x.shape[0] if x.dim() == 3 else -(-x.shape[0] // max(B, 1))
-    backend = _dispatch.forced() or "cuda"
-    why = "forced by rnnkern.backend" if _dispatch.forced() else ""
+    T = _dispatch.steps_of(x, B)
+    backend, why = _dispatch.forced(), "forced by rnnkern.backend"
+    if backend is None:
+        backend, why = _dispatch.choose_gpu(cell, x.device, x.dtype, T, B, H, 1)
     engine = explain.both_passes(plan, x.dtype, backend)
     for layer in range(L):
         I = H if layer else x.shape[-1]

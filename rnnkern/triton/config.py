@@ -181,6 +181,29 @@ def cuts(work: Work, facts: Facts) -> tuple[Plan, ...]:
     return tuple(dict.fromkeys(plan for plan in found if isinstance(plan, Plan)))
 
 
+def measured(device: torch.device) -> bool:
+    """Whether the user's table for a device has anything that was measured on the CUDA backend, too."""
+    return any(entry.cuda_seconds is not None for entry in table.load(facts_of(device).name)[0])
+
+
+def measured_seconds(
+    cell: str, dtype: torch.dtype, H: int, B: int, D: int, tf32: bool, facts: Facts, gradients: bool
+) -> dict[str, float]:
+    """What a layer took by "cuda" and by "triton", of which the user's table is to have both; if not, nothing.
+
+    The forward pass; with gradients the backward pass, too, since one backend runs both. Other arguments: see `plan`.
+    """
+    seconds = {"cuda": 0.0, "triton": 0.0}
+    for backward in (False, True) if gradients else (False,):
+        work = Work(cell, dtype, tf32 and dtype == torch.float32, H, D, B, backward)
+        entry = table.find_measured(facts.name, work)
+        if entry is None or entry.cuda_seconds is None or entry.plan not in cuts(work, facts):
+            return {}
+        seconds["cuda"] += entry.cuda_seconds
+        seconds["triton"] += entry.seconds
+    return seconds
+
+
 def plan(
     cell: str,
     dtype: torch.dtype,

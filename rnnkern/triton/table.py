@@ -1,5 +1,7 @@
 """The user's own table of plans, which `python -m rnnkern tune` measures and writes, and which config.py prefers.
 
+It also has what the CUDA backend took for the same, by which rnnkern/ops/_dispatch.py prefers one of the two.
+
 A JSON file for each GPU, by its name. A table counts for that GPU and for the versions of Triton and rnnkern that it
 was measured with; another one is ignored with a warning, and so is what cannot be read. It lies with the user's
 configuration and not in a cache: another engine rounds otherwise, so that emptying caches would change results.
@@ -7,6 +9,7 @@ configuration and not in a cache: another engine rounds otherwise, so that empty
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -14,14 +17,14 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from rnnkern import triton
 
 VARIABLE = "RNNKERN_TRITON_TABLE"  # names the file; empty: no table is read
-FORMAT = 1
+FORMAT = 2
 DTYPES = {str(t).removeprefix("torch."): t for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)}
 
 
@@ -65,6 +68,7 @@ class Entry(NamedTuple):
     seconds: float
     default_seconds: float | None  # of the plan without a table; None: that one failed
     first_call_seconds: float  # with what had to be compiled, or read from Triton's cache
+    cuda_seconds: float | None = None  # of the CUDA backend; None: it was not measured
 
 
 Entries = dict[Work, Entry]
@@ -110,9 +114,8 @@ def _entry(line: dict[str, Any]) -> tuple[Work, Entry]:
     sizes = {name: _typed(line[name], int) for name in ("H", "D", "B")}
     dtype, tf32 = DTYPES[line["dtype"]], _typed(line["tf32"], bool)
     work = Work(_typed(line["cell"], str), dtype, tf32, **sizes, backward=_typed(line["backward"], bool))
-    default = line["default_seconds"]
-    times = float(line["seconds"]), None if default is None else float(default), float(line["first_call_seconds"])
-    return work, Entry(Plan(**plan), *times)
+    default, cuda = (None if line[name] is None else float(line[name]) for name in ("default_seconds", "cuda_seconds"))
+    return work, Entry(Plan(**plan), float(line["seconds"]), default, float(line["first_call_seconds"]), cuda)
 
 
 def read(path: Path, device: str) -> Entries:
@@ -156,37 +159,43 @@ def write(path: Path, device: str, entries: Entries) -> None:
         raise
 
 
-class Table:
-    """Plans by work; of batches the least that was measured and is not smaller, up to twice as large."""
+Value = TypeVar("Value")
 
-    def __init__(self, plans: Mapping[Work, Plan]) -> None:
-        self._plans: dict[Work, dict[int, Plan]] = {}
-        for work, plan in plans.items():
-            self._plans.setdefault(work._replace(B=0), {})[work.B] = plan
+
+class Table(Generic[Value]):
+    """Plans or entries by work; of batches the least that was measured and is not smaller, up to twice as large."""
+
+    def __init__(self, values: Mapping[Work, Value]) -> None:
+        self._values: dict[Work, dict[int, Value]] = {}
+        for work, value in values.items():
+            self._values.setdefault(work._replace(B=0), {})[work.B] = value
 
     def __len__(self) -> int:
-        return sum(map(len, self._plans.values()))
+        return sum(map(len, self._values.values()))
 
-    def find(self, work: Work) -> Plan | None:
-        """The plan for a pass, or None."""
-        batches = self._plans.get(work._replace(B=0))
+    def __iter__(self) -> Iterator[Value]:
+        return itertools.chain.from_iterable(batches.values() for batches in self._values.values())
+
+    def find(self, work: Work) -> Value | None:
+        """What counts for a pass, or None."""
+        batches = self._values.get(work._replace(B=0))
         if batches is None:
             return None
         batch = min((B for B in batches if work.B <= B <= 2 * work.B), default=None)
         return None if batch is None else batches[batch]
 
 
-NOTHING = Table({})
+NOTHING: Table[Any] = Table({})
 
 
 @functools.cache
-def load(device: str) -> tuple[Table, str]:
+def load(device: str) -> tuple[Table[Entry], str]:
     """The user's table for a GPU, and what is wrong with it, of which a warning tells once."""
     try:
         path = path_of(device)
         if path is None or (VARIABLE not in os.environ and not path.exists()):
             return NOTHING, ""
-        return Table({work: entry.plan for work, entry in read(path, device).items()}), ""
+        return Table(read(path, device)), ""
     except (OSError, RuntimeError, Unusable) as error:  # RuntimeError: there is no home
         why = str(error) if isinstance(error, OSError | RuntimeError) else f"{path}: {error}"
         advice = "; `python -m rnnkern tune` measures anew" if isinstance(error, Foreign) else ""
@@ -194,11 +203,11 @@ def load(device: str) -> tuple[Table, str]:
         return NOTHING, why
 
 
-_instead: Table | None = None
+_instead: Table[Plan] | None = None
 
 
 @contextlib.contextmanager
-def using(table: Table) -> Iterator[None]:
+def using(table: Table[Plan]) -> Iterator[None]:
     """Another table than the user's holds meanwhile, on every device."""
     global _instead
     before, _instead = _instead, table
@@ -208,8 +217,14 @@ def using(table: Table) -> Iterator[None]:
         _instead = before
 
 
+def find_measured(device: str, work: Work) -> Entry | None:
+    """The entry of the user's table for a GPU, with what was measured; None: it has none."""
+    return load(device)[0].find(work) if device else None
+
+
 def find(device: str, work: Work) -> Plan | None:
     """The plan of the table that holds for a GPU; "": one of no name, which has none."""
     if _instead is not None:
         return _instead.find(work)
-    return load(device)[0].find(work) if device else None
+    entry = find_measured(device, work)
+    return None if entry is None else entry.plan

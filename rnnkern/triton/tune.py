@@ -2,7 +2,8 @@
 
 For each size and pass: every plan runs once, which compiles it and shows that its results are those of the stepwise
 engine; those that did are timed in turns, as users call them: launches by Python and a wait at the end. A plan that
-fails is told of and passed over.
+fails is told of and passed over. Where the CUDA backend runs, it takes its turns among them, by its own choice of an
+engine: what it took is written beside the plan, for rnnkern/ops/_dispatch.py.
 """
 
 import functools
@@ -10,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from torch import Tensor
 from rnnkern._bench.timing import compare
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
-from rnnkern.triton import config, layer, table
+from rnnkern.triton import config, table
 from rnnkern.triton.launch import device_guard
+from rnnkern.triton.probe import error_line
 from rnnkern.triton.table import Entry, Plan, Table, Work
 
 Function = Callable[[], object]
@@ -31,7 +33,7 @@ TF32_TOLERANCE = 2e-2
 class Trial(NamedTuple):
     """What became of a plan."""
 
-    plan: Plan
+    plan: Plan | None  # None: not Triton, but the CUDA backend
     first_call_seconds: float  # with what had to be compiled, or read from Triton's cache
     seconds: float | None  # None: it failed
     why: str = ""
@@ -43,8 +45,8 @@ def kernel_cache() -> Path:
     return Path(os.environ.get("TRITON_CACHE_DIR") or Path(home, ".triton", "cache"))
 
 
-def make_layer(work: Work, T: int, device: torch.device) -> layer.Layer:
-    """A layer of this size with random inputs and weights; I = H."""
+def make_layer(work: Work, T: int, device: torch.device) -> tuple[Any, ...]:
+    """A layer of this size with random inputs and weights, as operators take it, up to resets; I = H."""
     H, D, B = work.H, work.D, work.B
     generator = torch.Generator(device).manual_seed(0)
 
@@ -57,17 +59,20 @@ def make_layer(work: Work, T: int, device: torch.device) -> layer.Layer:
     weights = tuple(uniform(*shape) * scale for shape in shapes) + (None,) * (8 - 4 * D)
     h0 = uniform(D, B, H)
     c0 = uniform(D, B, H).to(compute_dtype(work.dtype)) if len(CELLS[work.cell].states) == 2 else None
-    return layer.Layer(work.cell, uniform(T, B, H), h0, c0, weights, None, None, work.tf32)
+    return work.cell, uniform(T, B, H), h0, c0, *weights, None, None
 
 
-def runner(work: Work, T: int, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-    """A function that runs the pass, by the plan of the table that holds when it is called."""
-    arguments = make_layer(work, T, device)
+def runner(work: Work, T: int, device: torch.device, backend: str) -> Callable[[], tuple[Tensor, ...]]:
+    """A function that runs the pass by a backend's operators; Triton's by the table that holds when it is called."""
+    names = (f"{backend}_layer", f"{backend}_layer_inference", f"{backend}_layer_backward")
+    forward, inference, backward = (getattr(torch.ops.rnnkern, name).default for name in names)
+    cell, *inputs = make_layer(work, T, device)
     if not work.backward:
-        return lambda: layer.forward(arguments, "", False, False)
-    y, *_, kept = layer.forward(arguments, "stepwise", False, True)
+        return lambda: inference(cell, *inputs, False, "", work.tf32)
+    y, *_, kept = forward(cell, *inputs, False, 0.0, "stepwise", work.tf32)
     dy = torch.full_like(y, 1 / 64)  # sums over all rows and steps are to be within float16's range
-    return lambda: layer.backward(arguments, "", dy, None, None, None, y, kept, True, True, True, 0.0)
+    gradients = dy, None, None, None
+    return lambda: backward(cell, *gradients, *inputs, y, kept, True, True, True, 0.0, "", work.tf32)
 
 
 def disagreement(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], work: Work) -> str:
@@ -93,46 +98,55 @@ def try_plans(
     T: int,
     device: torch.device,
     measure: Callable[[Mapping[str, Function]], Mapping[str, float]],
+    cuda: bool,
 ) -> list[Trial]:
-    """Runs every plan of a pass, and measures those that run; the stepwise engine's first."""
-    run = runner(work, T, device)
+    """Runs every plan of a pass, and measures those that run; the stepwise engine's first, the CUDA backend last."""
+    run = {"triton": runner(work, T, device, "triton")}
     synchronize = (lambda: None) if device.type == "cpu" else torch.get_device_module(device).synchronize
 
-    def call(plan: Plan) -> tuple[Tensor, ...]:
-        with table.using(Table({work: plan})):
-            results = run()
+    def call(plan: Plan | None) -> tuple[Tensor, ...]:
+        with table.using(table.NOTHING if plan is None else Table({work: plan})):
+            results = run["cuda" if plan is None else "triton"]()
             synchronize()
         return results
 
     expected: tuple[Tensor, ...] | None = None
-    first_calls: dict[Plan, float] = {}
-    failures: dict[Plan, str] = {}
-    for plan in config.cuts(work, config.facts_of(device)):
+    first_calls: dict[Plan | None, float] = {}
+    failures: dict[Plan | None, str] = {}
+    for plan in (*config.cuts(work, config.facts_of(device)), *([None] if cuda else [])):
         begin = time.perf_counter()
         try:
+            if plan is None:
+                run["cuda"] = runner(work, T, device, "cuda")
+                begin = time.perf_counter()
             results = call(plan)
         except torch.AcceleratorError:  # nothing runs on this device any more
             raise
         except Exception as error:  # by the compiler, for want of memory, ...: other plans may run
-            failures[plan] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            failures[plan] = error_line(error)
         first_calls[plan] = time.perf_counter() - begin
         if plan not in failures:
             expected = results if expected is None else expected
             if why := disagreement(results, expected, work):
                 failures[plan] = why
-    running = {str(plan): functools.partial(call, plan) for plan in first_calls if plan not in failures}
+    running = {name_of(plan): functools.partial(call, plan) for plan in first_calls if plan not in failures}
     times = measure(running) if running else {}
-    return [Trial(plan, first, times.get(str(plan)), failures.get(plan, "")) for plan, first in first_calls.items()]
+    return [Trial(plan, first, times.get(name_of(plan)), failures.get(plan, "")) for plan, first in first_calls.items()]
+
+
+def name_of(plan: Plan | None) -> str:
+    """Of a trial."""
+    return "cuda" if plan is None else str(plan)
 
 
 def fastest(trials: Iterable[Trial], default: Plan) -> Entry | None:
     """The entry of a table, or None if every plan failed."""
     times = {trial.plan: trial.seconds for trial in trials if trial.seconds is not None}
-    if not times:
+    best = min((plan for plan in times if plan is not None), key=times.__getitem__, default=None)
+    if best is None:
         return None
-    best = min(times, key=times.__getitem__)
     first = next(trial.first_call_seconds for trial in trials if trial.plan == best)
-    return Entry(best, times[best], times.get(default), first)
+    return Entry(best, times[best], times.get(default), first, times.get(None))
 
 
 def tune(
@@ -142,6 +156,7 @@ def tune(
     path: Path,
     measure: Callable[[Mapping[str, Function]], Mapping[str, float]],
     tell: Callable[[str], None] = print,
+    cuda: bool = False,
 ) -> int:
     """Measures every plan of every work and adds the fastest to the table in a file, which is written after each.
 
@@ -152,6 +167,7 @@ def tune(
         path: the file; a table of other versions in it is replaced.
         measure: the seconds of functions by name, as `median_seconds`.
         tell: prints a line.
+        cuda: whether to measure the CUDA backend, too.
 
     Returns:
         How many plans were added.
@@ -171,7 +187,7 @@ def tune(
     for work in works:
         with torch.no_grad(), device_guard(torch.empty(0, device=device)), table.using(table.NOTHING):
             default = config.plan(work.cell, work.dtype, work.H, work.B, work.D, "", work.tf32, facts, work.backward)
-            trials = try_plans(work, T, device, measure)
+            trials = try_plans(work, T, device, measure, cuda)
         best = fastest(trials, default)
         tell(str(work))
         for trial in trials:
@@ -179,7 +195,7 @@ def tune(
             mark = "*" if best is not None and trial.plan == best.plan else " "
             time_of = trial.why if trial.seconds is None else f"{1e3 * trial.seconds:.3f} ms"
             rule = " (by rule)" if trial.plan == default else ""
-            tell(f"  {mark} {trial.plan}{rule}: {time_of}; first call {trial.first_call_seconds:.2f} s")
+            tell(f"  {mark} {name_of(trial.plan)}{rule}: {time_of}; first call {trial.first_call_seconds:.2f} s")
         if best is not None:
             entries[work] = best
             table.write(path, facts.name, entries)
