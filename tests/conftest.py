@@ -52,11 +52,14 @@ def torch_poison() -> Iterator[None]:
 
 @pytest.fixture
 def no_tf32() -> Iterator[None]:
-    """Products of float32 are to be as exact by the CUDA kernels as by those of the other backends."""
-    rnn = torch.backends.cudnn.rnn
-    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
+    """Products of float32 are float32's, by every backend, but where a test says otherwise."""
+    places = torch.backends.cudnn.rnn, torch.backends.cuda.matmul
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
     yield
-    rnn.fp32_precision = before
+    for place, precision in zip(places, before):
+        place.fp32_precision = precision
 
 
 @pytest.fixture

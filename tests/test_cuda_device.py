@@ -22,6 +22,7 @@ from tests.test_cuda_stack import Stack, make_stack, with_exact_products
 
 pytestmark = [
     pytest.mark.cuda,
+    pytest.mark.usefixtures("no_tf32"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
     pytest.mark.skipif(bool(_library.missing["cuda"]), reason=f"no CUDA kernels: {_library.missing['cuda']}"),
 ]
@@ -33,15 +34,6 @@ WAIT_CYCLES = 500_000_000  # a quarter of a second
 
 def names(value: object) -> str | None:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
-
-
-@pytest.fixture(autouse=True)
-def _no_tf32() -> Iterator[None]:
-    """Products of float32 are float32's, on both sides, but where a test says otherwise."""
-    before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    set_tf32(False)
-    yield
-    torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
 
 
 def set_tf32(allowed: bool) -> None:

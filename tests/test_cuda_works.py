@@ -22,11 +22,12 @@ from tests.attention_problem import SCORES, make_problem
 from tests.cuda_works import WORKS, Place, Work, move_layer, move_problem, moved
 from tests.helpers import assert_as_accurate, make_layer, needs_emulator
 from tests.seq2seq_models import ATTENTIONS, END, LETTERS, START, make_model
-from tests.test_cuda_device import WAIT_CYCLES, names, on_cpu, set_tf32
+from tests.test_cuda_device import WAIT_CYCLES, names, on_cpu
 from tests.test_cuda_step import SCORES as STEP_SCORES
 from tests.test_cuda_step import attended, one_step
 from tests.test_seq2seq_steps import make_decoder, make_inputs
 
+pytestmark = pytest.mark.usefixtures("no_tf32")
 GPU = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
@@ -49,15 +50,6 @@ on_a_gpu = pytest.mark.parametrize(
         for work in (EMULATED_WORKS if place.id == "emulated" else WORKS)
     ],
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_tf32() -> Iterator[None]:
-    """Products of float32 are float32's, on both sides."""
-    before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    set_tf32(False)
-    yield
-    torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
 
 
 def make_work(name: str, place: Place) -> Work:

@@ -29,6 +29,7 @@ from tests.test_packed_rows import padded_and_packed
 
 pytestmark = [
     pytest.mark.cuda,
+    pytest.mark.usefixtures("no_tf32"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
     pytest.mark.skipif(bool(kernels.missing_on("cuda")), reason=kernels.missing_on("cuda")),
     pytest.mark.skipif(kernels.interprets(), reason="Triton interprets"),
@@ -37,15 +38,6 @@ pytestmark = [
 LOW_AND_SINGLE = [torch.bfloat16, torch.float16, torch.float32]
 PLACE = Place("triton", "cuda")
 SIZES = [(1, 1, 1, 1, 1), (7, 3, 10, 17, 2), (5, 33, 16, 64, 2), (12, 9, 20, 100, 1)]  # T, B, I, H, D
-
-
-@pytest.fixture(autouse=True)
-def _no_tf32() -> Iterator[None]:
-    """Products of float32 are float32's, on both sides, but where a test says otherwise."""
-    before = torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    set_tf32(False)
-    yield
-    torch.backends.cudnn.rnn.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """Triton's engines, interpreted: outputs and all gradients against float64, for every cell, dtype and engine."""
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,20 +16,11 @@ from tests.helpers import Layer, assert_as_accurate, make_layer
 from tests.test_recurrence import lengths_like, names
 
 _why = kernels.missing_on("cpu")
-pytestmark = [pytest.mark.skipif(bool(_why), reason=_why), pytest.mark.usefixtures("torch_poison")]
+pytestmark = [pytest.mark.skipif(bool(_why), reason=_why), pytest.mark.usefixtures("torch_poison", "no_tf32")]
 
 CASES = [(engine, dtype) for engine in TRITON_ENGINES for dtype in (torch.float32, torch.float16, torch.bfloat16)]
 CASES += [("stepwise", torch.float64)]
 every_engine = pytest.mark.parametrize(("engine", "dtype"), CASES, ids=names)
-
-
-@pytest.fixture(autouse=True)
-def _no_tf32() -> Iterator[None]:
-    """Products of float32 are to be as exact as those of the other backends."""
-    rnn = torch.backends.cudnn.rnn
-    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
-    yield
-    rnn.fp32_precision = before
 
 
 @every_engine
