@@ -14,8 +14,15 @@ if not torch.cuda.is_available():  # before Triton is imported, by torch perhaps
 os.environ["RNNKERN_TRITON_TABLE"] = ""  # a user's own table changes what runs
 
 import rnnkern
-from rnnkern import _enable, _operators
+from rnnkern import _enable, _operators, triton
 from tests.helpers import ISAS, instruction_set, poisoned_memory, setting, threads
+
+
+def pytest_report_header() -> str:
+    """Tests of Triton's kernels are many, and all skip where it cannot run: this line says why."""
+    how = "interpreted" if triton.interprets() else "compiled"
+    why = triton.missing_on("cuda" if torch.cuda.is_available() else "cpu")
+    return f"Triton: {why or f'{triton.version}, {how}'}"
 
 
 @pytest.fixture(autouse=True)

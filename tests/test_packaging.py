@@ -87,7 +87,10 @@ print(rnnkern.__file__)
     assert run_unpacked(pure_wheel, tmp_path, code).strip() == str(tmp_path / "rnnkern" / "__init__.py")
 
 
-@pytest.mark.skipif(not kernels.available, reason=kernels.reason)
+_why = kernels.reason or kernels.interpreter_reason
+
+
+@pytest.mark.skipif(bool(_why), reason=_why)
 def test_triton_runs_without_the_extension(pure_wheel: Path, tmp_path: Path) -> None:
     code = """
 import torch, rnnkern

@@ -108,6 +108,14 @@ def test_tf32_follows_the_setting() -> None:
     assert config.precision(MI300, torch.float32, True) == config.precision(H100, torch.float16, True) == "ieee"
 
 
+def test_which_interpreters_run_with_which_numpy() -> None:
+    for version, numpy in (("3.6.0", "1.26.4"), ("3.6.0", "2.3.5"), ("3.7.0", "2.4.0"), ("3.10.0", "2.10.0")):
+        assert not kernels.interpreter_refusal(version, numpy)
+    for numpy in ("2.4.0", "2.10.0rc1", "3.0.0"):
+        why = kernels.interpreter_refusal("3.6.1", numpy)
+        assert why == f"the interpreter of Triton 3.6.1 needs NumPy before 2.4, this is {numpy}"
+
+
 @pytest.mark.skipif(bool(kernels.missing_on("cpu")), reason=kernels.missing_on("cpu"))
 def test_explain_tells_the_engine() -> None:
     gru, x = rnnkern.nn.GRU(3, 40), torch.zeros(2, 3, 3)

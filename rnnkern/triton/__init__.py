@@ -24,6 +24,8 @@ import os
 import re
 from pathlib import Path
 
+import numpy
+
 CELLS = frozenset(path.stem for path in Path(__file__).parent.glob("cells/[!_]*.py"))
 OLDEST = (3, 6)  # Triton's version; older ones lack tuples of tensors in kernels
 
@@ -48,10 +50,23 @@ version, reason = _look()  # Triton's, and why it cannot be used here, "" if it 
 available = not reason
 
 
+def interpreter_refusal(version: str, numpy_version: str) -> str:
+    """Why Triton's interpreter cannot run our kernels, "" if it can.
+
+    Triton 3.6 takes a loop's bound as int(array of one element), which NumPy refuses from 2.4 on; 3.7 does not.
+    """
+    if version.startswith("3.6.") and tuple(map(int, numpy_version.split(".")[:2])) >= (2, 4):
+        return f"the interpreter of Triton {version} needs NumPy before 2.4, this is {numpy_version}"
+    return ""
+
+
+interpreter_reason = interpreter_refusal(version, numpy.__version__)
+
+
 def missing_on(device: str) -> str:
     """Why no Triton kernel runs on tensors of a type of device, "" if they run."""
     if device not in ("cpu", "cuda", "xpu"):
         return f"the tensors are on {device}, not on a GPU"
     if device == "cpu" and not interprets():
         return "Triton's kernels run on a CPU by Triton's interpreter alone, for tests: TRITON_INTERPRET=1"
-    return reason
+    return reason or (interpreter_reason if interprets() else "")
