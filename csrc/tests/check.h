@@ -17,6 +17,13 @@ namespace rnnkern_test {
 
 inline int failures = 0;
 
+// Whether a sanitizer watches: the references, which take long then, are left to the build without one.
+#ifdef RNNKERN_SANITIZED
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 #define CHECK(condition, ...)                                   \
   do {                                                          \
     if (!(condition)) {                                         \

@@ -91,6 +91,7 @@ std::vector<S> poisoned(size_t count) {
 
 template <class T>
 void check_close(const std::string& what, const std::vector<T>& actual, const Vector& expected, double tolerance) {
+  if (kSanitized) return;
   double scale = 1, error = 0;
   bool finite = actual.size() == expected.size();
   for (size_t i = 0; i < expected.size() && finite; ++i) {
@@ -235,7 +236,8 @@ void check_case(const std::string& name, const Case& c) {
       for (double& value : *v) value = sizeof(T) == 2 ? coarse(value) : float(value);
     }
   }
-  const Result expected = reference_layer<Cell>(p, out);
+  Result expected;
+  if (!kSanitized) expected = reference_layer<Cell>(p, out);
   const Buffers<T> one = run_layer<T>(cell, p, out, {run_in_turn, 1});
   const std::string where = words(name, c) + (kDtype<T> == Dtype::f64    ? " double "
                                               : kDtype<T> == Dtype::bf16 ? " bfloat16 "
@@ -321,7 +323,8 @@ void check_int8(const std::string& name, const Case& c) {
   OutputGradients none;
   none.dy = none.dc_all = Vector(size_t(c.T * c.B * c.D * c.H));
   none.dh_n = none.dc_n = Vector(p.h0.size());
-  const Result expected = reference_layer<Cell>(p, none);
+  Result expected;
+  if (!kSanitized) expected = reference_layer<Cell>(p, none);
   const std::string where = words(name, c) + " int8 ";
   std::vector<float> packed(size_t(packed_size(cell, in)));
   pack_layer(cell, in, packed.data(), {run_in_turn, 1});
@@ -330,7 +333,7 @@ void check_int8(const std::string& name, const Case& c) {
                                       ParallelFor{run_on_threads, 3}, ParallelFor{run_in_turn, 2}}) {
     for (const void* pack : {static_cast<const void*>(nullptr), static_cast<const void*>(packed.data())}) {
       in.packed = pack;
-      std::vector<float> y = poisoned<float>(expected.y.size()), h_n = poisoned<float>(p.h0.size()),
+      std::vector<float> y = poisoned<float>(none.dy.size()), h_n = poisoned<float>(p.h0.size()),
                          c_n = poisoned<float>(Cell::kStates > 1 ? p.h0.size() : 0);
       layer_forward(cell, in, {y.data(), h_n.data(), Cell::kStates > 1 ? c_n.data() : nullptr, nullptr, nullptr},
                     parallel);
