@@ -48,8 +48,10 @@ help:
 demo: build
 	@$(python) examples/g2p.py $(ARGS)
 
+# On all cores; ARGS=-n0: in one process, which --pdb chooses by itself.
+spread := -n auto --maxprocesses 8 --dist worksteal
 test: build
-	@$(python) -m pytest $(ARGS)
+	@$(python) -m pytest $(spread) $(ARGS)
 
 fuzz: build
 	@$(python) -m tests.fuzz $(ARGS)
@@ -108,7 +110,7 @@ asan: build
 	preload="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)"; \
 	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m tests.fuzz --seconds 20 --seed 1 >fuzz.log 2>&1 & \
 	fuzzer=$$!; status=0; \
-	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m pytest -k "not ($(asan_less))" $(asan_tests) || status=$$?; \
+	LD_PRELOAD="$$preload" "$(CURDIR)/$(python)" -m pytest $(spread) -k "not ($(asan_less))" $(asan_tests) || status=$$?; \
 	wait $$fuzzer || status=$$?; cat fuzz.log; exit $$status
 
 # Threads are started in the CPU engines and in the team only.

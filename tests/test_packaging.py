@@ -1,11 +1,14 @@
 """What is packed: the wheel holds the library and no sources, the source distribution holds what builds it."""
 
+import fcntl
 import os
 import re
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,20 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not run from a source tree")
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """The lock that make takes: other processes of pytest, too, build in the tree."""
+    with (ROOT / "Makefile").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def build_wheel(folder: Path, **environment: str) -> Path:
     """Built from the tree without network; what CMake built before is used again."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-index"]
     command += ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    with alone():
+        run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     assert run.returncode == 0, run.stderr[-3000:]
     (found,) = folder.glob("rnnkern-*.whl")
     return found
@@ -108,7 +120,8 @@ assert all(parameter.grad is not None for parameter in layer.parameters())
 
 def test_source_distribution_builds_the_rest(tmp_path: Path) -> None:
     code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    with alone():
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as packed:
