@@ -29,7 +29,7 @@ alone = +@$(if $(shell command -v flock),flock Makefile) $(MAKE) --no-print-dire
 comma := ,
 space := $() $()
 
-.PHONY: help demo test fuzz programs bench sweep streaming gpu-report build lint format ctest asan tsan sanitize cuda-check triton-check tools check clean distclean FORCE
+.PHONY: help demo test fuzz programs bench sweep streaming gpu-report build lint format ctest asan tsan sanitize cuda-check triton-check triton-oldest tools check clean distclean FORCE
 help:
 	@echo 'make demo       train, test and show the grapheme-to-phoneme example on our kernels'
 	@echo 'make test       run every Python test'
@@ -43,6 +43,7 @@ help:
 	@echo 'make ctest      the C++ tests; make sanitize runs them under TSan, and with Python tests under ASan + UBSan'
 	@echo 'make cuda-check registers, stack and spills of the CUDA kernels against csrc/cuda/resources.json, where nvcc is found'
 	@echo 'make triton-check the same of Triton kernels, against rnnkern/triton/resources.json; compiles for minutes (ARGS=--quick: some)'
+	@echo 'make triton-oldest the tests of Triton kernels, and triton-check ARGS=--quick, with the oldest Triton that they run on'
 	@echo 'make clean      remove what was built; make distclean removes $(VENV) too'
 
 demo: build
@@ -125,6 +126,18 @@ cuda-check: build
 # Without a GPU: the kernels are compiled for several. ARGS=--update: this is what they need from now on.
 triton-check: build
 	@TRITON_INTERPRET=0 $(python) -m rnnkern.triton.compile $(ARGS)
+
+# Beside the environment, whose torch runs it. Its interpreter fails with NumPy 2.4.
+oldest := build/triton-3.6.0
+triton-oldest: build
+	$(alone) $(oldest)/.stamp
+	@export PYTHONPATH="$(CURDIR)/$(oldest)"; \
+	TRITON_INTERPRET=1 $(python) -c 'from rnnkern import triton; raise SystemExit(triton.missing_on("cpu") or 0)'; \
+	$(python) -m pytest $(spread) tests/test_triton_*.py $(ARGS); \
+	TRITON_INTERPRET=0 $(python) -m rnnkern.triton.compile --quick --targets sm_90 gfx942
+
+$(oldest)/.stamp: $(VENV)/.stamp-env
+	@echo "installing Triton 3.6.0"; rm -rf $(@D); $(pip) --target $(@D) --no-deps 'triton==3.6.0' 'numpy<2.4'; touch $@
 
 tools:
 	$(alone) $(VENV)/.stamp-env
