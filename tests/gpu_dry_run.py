@@ -46,7 +46,7 @@ def run_on_the_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Results:
 
 
 def measured(rows: list[sweep.Row], on: Results, part: str, line: Any, **options: Any) -> int:
-    return sweep.run(on, part, rows, line, **{"seconds": 60.0, "again": False, **options})
+    return sweep.run(on, part, rows, line, **{"seconds": 3600.0, "again": False, **options})
 
 
 def layer_row(name: str) -> cases.LayerCase:
