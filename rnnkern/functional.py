@@ -76,6 +76,8 @@ def attention(
 
     A row without a valid key (a length of zero, a mask that is all True, or Tk = 0) has zero weights, zero context and
     zero gradients. What is padding may hold NaN and reaches neither results nor gradients; a NaN elsewhere propagates.
+    Valid keys whose scores are all minus infinity give NaN, as torch.softmax does (but for one query per row on a GPU
+    with the compiled CUDA kernels: zero weights and context, and NaN for gradients).
 
     Under ``torch.autocast`` query, key, value and the parameters of the score may have different dtypes: all but
     float64 are brought to autocast's dtype, which is that of the results; sums stay float32.

@@ -59,8 +59,9 @@ def reference(
     if padding is None:
         weights = scores.softmax(-1)
     else:
-        weights = scores.masked_fill(padding[:, None], torch.finfo(scores.dtype).min).softmax(-1)
-        weights = weights.masked_fill(padding[:, None], 0)
+        nothing = padding.all(-1)[:, None, None]  # their softmax would be NaN, and so its gradient
+        scores = scores.masked_fill(padding[:, None], -torch.inf).masked_fill(nothing, 0)
+        weights = scores.softmax(-1).masked_fill(padding[:, None], 0)
     return (weights @ value).to(dtype), weights.to(dtype)
 
 

@@ -65,6 +65,8 @@ def _attend_single(call: Call, context: Tensor, weights: Tensor | None) -> None:
         stats,
         to,
         scores,
+        call.lengths,
+        call.mask,
         context,
         weights,
         call.Tk,

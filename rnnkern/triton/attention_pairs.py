@@ -32,6 +32,7 @@ from rnnkern.triton.attention_parts import (
     pair_pointers,
     pair_row,
     row_pointers,
+    some_are_valid,
 )
 
 _LENGTHS = ["Tq", "Tk"]
@@ -123,7 +124,7 @@ def attend(
         total = total * shrink + tl.sum(power, 1)
         values = load_rows(row_pointers(value, b, keys, value_batch, value_row, UNIT), valid, columns, Dv)
         result = multiply(power.to(value.dtype.element_ty), values, result * shrink[:, None], PRECISION)
-    inverse = invert_sum(total)
+    inverse = invert_sum(total, some_are_valid(mask, b, count, Tk, BLOCK_K))
     out = context + (b * Tq + queries[:, None]) * Dv + columns[None, :]
     tl.store(
         out, (result * inverse[:, None]).to(context.dtype.element_ty), mask=there[:, None] & (columns < Dv)[None, :]
@@ -220,7 +221,7 @@ def gradient_stats(
         shrink = tl.exp(before - base)
         total = total * shrink + tl.sum(power, 1)
         mean = mean * shrink + tl.sum(power * gradient, 1)
-    inverse = invert_sum(total)
+    inverse = invert_sum(total, some_are_valid(mask, b, count, Tk, BLOCK_K))
     at = stats + (b * Tq + queries) * 3
     tl.store(at, largest, mask=there)
     tl.store(at + 1, inverse, mask=there)

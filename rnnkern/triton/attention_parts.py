@@ -135,7 +135,19 @@ def finite_base(largest):
 
 
 @triton.jit
-def invert_sum(total):
-    """1 / total, or zero where there was nothing to sum."""
+def some_are_valid(mask, b, count, Tk, BLOCK: tl.constexpr):
+    """Whether row b has a valid key; after a loop over the keys, whose registers this must not take."""
+    some = count > 0
+    if mask is not None:
+        found = tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, count, BLOCK):
+            found |= are_valid(mask, b, first + tl.arange(0, BLOCK), count, Tk).to(tl.int32)
+        some = tl.max(found, 0) > 0
+    return some
+
+
+@triton.jit
+def invert_sum(total, some):
+    """1 / a sum of exponentials; if it is zero, zero where no key was valid, else NaN: all scores were -inf."""
     empty = total == 0.0
-    return tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
+    return tl.where(empty, tl.where(some, float("nan"), 0.0), 1.0 / tl.where(empty, 1.0, total))

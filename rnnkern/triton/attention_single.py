@@ -34,12 +34,25 @@ _BATCHES = ["query_batch", "dcontext_batch"]
 
 @triton.jit
 def _find_part(lengths, mask, Tk, BLOCK_K: tl.constexpr):
-    """Of this program: its number, its row, its keys and which of them are valid."""
+    """Of this program: its number, its row, its keys, which of them are valid, and whether any is."""
     parts = tl.cdiv(Tk, BLOCK_K)
     program = tl.program_id(0).to(tl.int64)
     b = program // parts
-    keys = (program % parts * BLOCK_K).to(tl.int32) + tl.arange(0, BLOCK_K)
-    return program, b, keys, are_valid(mask, b, keys, count_keys(lengths, b, Tk), Tk)
+    first = (program % parts * BLOCK_K).to(tl.int32)
+    keys = first + tl.arange(0, BLOCK_K)
+    count = count_keys(lengths, b, Tk)
+    valid = are_valid(mask, b, keys, count, Tk)
+    some = first < count
+    if mask is not None:
+        some = tl.max(valid.to(tl.int32), 0) > 0
+    return program, b, keys, valid, some
+
+
+@triton.jit
+def _mark_valid(largest, some):
+    """A part's largest score, finite where all of its valid keys have -inf: -inf tells that there are none."""
+    LOWEST: tl.constexpr = -3.4028234663852886e38
+    return tl.where((largest == float("-inf")) & some, LOWEST, largest)
 
 
 @triton.jit
@@ -96,7 +109,7 @@ def attend_part(
     APPROXIMATE: tl.constexpr,
 ):
     """Of a part of a row's keys: its share of the context, or all of it."""
-    program, b, keys, valid = _find_part(lengths, mask, Tk, BLOCK_K)
+    program, b, keys, valid, some = _find_part(lengths, mask, Tk, BLOCK_K)
     key_rows = row_pointers(key, b, keys, key_batch, key_row, UNIT)
     scores = _part_scores(
         batch_pointer(query, b, query_batch, UNIT), key_rows, vector, valid, scale, D, BLOCK_D, APPROXIMATE
@@ -105,9 +118,9 @@ def attend_part(
     power = tl.exp(scores - finite_base(largest))
     total = tl.sum(power, 0)
     if ALONE:
-        power = power * invert_sum(total)
+        power = tl.where(valid, power * invert_sum(total, some), 0.0)
     else:
-        tl.store(stats + program * 2, largest)
+        tl.store(stats + program * 2, _mark_valid(largest, some))
         tl.store(stats + program * 2 + 1, total)
     if weights is not None:
         out = power if ALONE else scores
@@ -122,7 +135,10 @@ def attend_part(
 
 @triton.jit
 def _join_stats(stats, parts, STATS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
-    """A row's largest score, 1 / sum of exponentials and, of three stats, mean gradient; stats points to the row's."""
+    """A row's largest score, 1 / sum of exponentials and, of three stats, mean gradient; stats points to the row's.
+
+    The largest is that of `_mark_valid`.
+    """
     largest = tl.full((BLOCK_PARTS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_PARTS,), tl.float32)
     mean = tl.zeros((BLOCK_PARTS,), tl.float32)
@@ -140,15 +156,17 @@ def _join_stats(stats, parts, STATS: tl.constexpr, BLOCK_PARTS: tl.constexpr):
             mean = mean * shrink + power * tl.load(stats + part * STATS + 2, mask=there, other=0.0)
     most = tl.max(largest, 0)
     power = tl.exp(largest - finite_base(most))
-    inverse = invert_sum(tl.sum(total * power, 0))
+    inverse = invert_sum(tl.sum(total * power, 0), most != float("-inf"))
     return most, inverse, tl.sum(mean * power, 0) * inverse
 
 
-@triton.jit(do_not_specialize=["Tk", "parts"])
+@triton.jit(do_not_specialize=["Tk", "parts"], do_not_specialize_on_alignment=UNALIGNED)
 def join_parts(
     stats,  # float [B, parts, 2]
     context_parts,  # float [B, parts, Dv]
     scores,  # float [B, Tk], or None: no weights
+    lengths,  # int64 [B] or None
+    mask,  # bool [B, Tk] or None: True is padding
     context,  # S [B, Dv]
     weights,  # S [B, Tk] or None
     Tk,
@@ -180,8 +198,9 @@ def join_parts(
         tl.store(context + b * Dv + columns, result.to(context.dtype.element_ty), mask=columns < Dv)
     elif weights is not None:
         keys = (block - across) * BLOCK + tl.arange(0, BLOCK)
-        score = tl.load(scores + b * Tk + keys, mask=keys < Tk, other=float("-inf"))
-        weight = tl.where(score == float("-inf"), 0.0, tl.exp(score - base) * inverse)
+        valid = are_valid(mask, b, keys, count_keys(lengths, b, Tk), Tk)
+        score = tl.load(scores + b * Tk + keys, mask=valid, other=float("-inf"))
+        weight = tl.where(valid, tl.exp(score - base) * inverse, 0.0)
         tl.store(weights + b * Tk + keys, weight.to(weights.dtype.element_ty), mask=keys < Tk)
 
 
@@ -214,7 +233,7 @@ def score_part(
     APPROXIMATE: tl.constexpr,
 ):
     """Of a part of a row's keys: scores, dL/dweights, and what the softmax takes of them."""
-    program, b, keys, valid = _find_part(lengths, mask, Tk, BLOCK_K)
+    program, b, keys, valid, some = _find_part(lengths, mask, Tk, BLOCK_K)
     key_rows = row_pointers(key, b, keys, key_batch, key_row, UNIT)
     of_keys = _part_scores(
         batch_pointer(query, b, query_batch, UNIT), key_rows, vector, valid, scale, D, BLOCK_D, APPROXIMATE
@@ -230,7 +249,7 @@ def score_part(
         gradient += tl.load(dweights + b * Tk + keys, mask=valid, other=0.0).to(tl.float32)
     largest = tl.max(of_keys, 0)
     power = tl.exp(of_keys - finite_base(largest))
-    tl.store(stats + program * 3, largest)
+    tl.store(stats + program * 3, _mark_valid(largest, some))
     tl.store(stats + program * 3 + 1, tl.sum(power, 0))
     tl.store(stats + program * 3 + 2, tl.sum(power * gradient, 0))
     tl.store(scores + b * Tk + keys, of_keys, mask=keys < Tk)
@@ -267,7 +286,7 @@ def gradient_part(
     APPROXIMATE: tl.constexpr,
 ):
     """Of a part of a row's keys: the gradients of key and value, and shares of those of query and vector."""
-    program, b, keys, valid = _find_part(lengths, mask, Tk, BLOCK_K)
+    program, b, keys, valid, _ = _find_part(lengths, mask, Tk, BLOCK_K)
     parts = tl.cdiv(Tk, BLOCK_K)
     inside = keys < Tk
     largest, inverse, mean = _join_stats(stats + b * parts * 3, parts, 3, BLOCK_PARTS)
