@@ -88,8 +88,9 @@ def attention(
         value: values; by default the keys, as they are given.  # [B, Tk, Dv]
         score: how a query and a key are compared, see above.
         lengths: the number of valid keys of each row, 0..Tk, integers, on the CPU or where query is. On a GPU both
-            come without a wait, and may be captured in a CUDA graph: it keeps the values of those on the CPU, and reads
-            those on the GPU anew at each replay.  # [B]
+            may be captured in a CUDA graph: it keeps the values of those on the CPU, and reads those on the GPU anew at
+            each replay. Both come without a wait; but where the compiled CUDA kernels cannot run, those on the CPU are
+            copied, which may wait for the GPU.  # [B]
         key_padding_mask: True marks a key that is padding, as in torch.nn.MultiheadAttention.  # bool [B, Tk]
         need_weights: return the weights too.
 
@@ -101,7 +102,8 @@ def attention(
         TypeError: an argument that should be a tensor is not.
         ValueError: an unknown score; both lengths and key_padding_mask are given.
         RuntimeError: rank, size, dtype or device of a tensor does not fit; a length on the CPU is not within 0..Tk. (On
-            a GPU nobody looks, since that would wait for it: the nearest of these is taken.)
+            a GPU nobody looks, since that would wait for it, nor do programs of torch.compile without compiled kernels:
+            the nearest of these is taken.)
 
     Source: Luong et al. 2015, https://arxiv.org/abs/1508.04025 (dot, general); Vaswani et al. 2017,
     https://arxiv.org/abs/1706.03762 (scaled dot); Bahdanau et al. 2015, https://arxiv.org/abs/1409.0473 (additive).

@@ -277,6 +277,13 @@ def test_attention_is_held_by_a_graph_and_waits_for_nothing(score: str, Tq: int,
     assert_nothing_waits(work)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_graph_keeps_the_lengths_of_attention(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those on the CPU, by no kernel of `cuda`."""
+    monkeypatch.setitem(_library.missing, "cuda", "left out")
+    assert_a_graph_holds(attention_work(PLACE, "general", 5, on_cpu=True, training=training))
+
+
 @every_engine
 def test_the_current_stream_is_used(engine: str | None) -> None:
     """The input comes late, on a stream of its own: a kernel on any other stream would not wait for it."""

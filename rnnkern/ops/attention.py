@@ -266,22 +266,30 @@ def place_lengths(
 ) -> Tensor:
     """Lengths on the device of the keys that they count.
 
-    From the CPU they come to a GPU with a launch: a copy would wait for the GPU, and a CUDA graph does not take one.
+    From the CPU they come to a GPU with a launch of ours; where there is none, with launches of torch's into a CUDA
+    graph, which takes no copy from pageable memory, and else with a copy.
 
     Raises:
         RuntimeError: a length on the CPU is not within 0..Tk, and goes to a GPU, where nobody could tell.
     """
     device, compiling = key.device, torch.compiler.is_compiling()
     emulated = _dispatch.forced() == _dispatch.EMULATED
-    if not lengths.is_cpu or not (key.is_cuda or emulated):
+    if not lengths.is_cpu or (key.is_cpu and not emulated) or onnx.exporting():
         return lengths.to(device)
-    absent = _library.missing_on(device)["cuda" if key.is_cuda else _dispatch.EMULATED]
-    if absent or onnx.exporting() or (not compiling and _dispatch.transformed()):
-        return lengths.to(device)
-    if not compiling:  # for the message; the operator checks too, since a traced program cannot
+    if not compiling:  # a traced program cannot; there our operator checks, but nobody before a copy
         _check_range(lengths, key.shape[1])
-    placed: Tensor = torch.ops.rnnkern.cuda_lengths.default(lengths, key)
-    return placed
+    ours = key.is_cuda or key.is_cpu
+    absent = not ours or _library.missing_on(device)["cuda" if key.is_cuda else _dispatch.EMULATED]
+    if not absent and (compiling or not _dispatch.transformed()):
+        placed: Tensor = torch.ops.rnnkern.cuda_lengths.default(lengths, key)
+        return placed
+    if key.is_cuda and not compiling and torch.cuda.is_current_stream_capturing():
+        placed = torch.zeros_like(lengths, device=device)
+        if placed.numel() > 0:
+            torch._foreach_add_(placed.unbind(), lengths.tolist())  # numbers are arguments of launches, which it keeps
+        return placed
+    # The copy is ours: the caller may write other lengths into pinned memory before the GPU has read these.
+    return lengths.clone().to(device, non_blocking=True)
 
 
 def attend(
@@ -347,7 +355,9 @@ def attend(
 
 
 def _check_range(lengths: Tensor, Tk: int) -> None:
-    values = lengths.tolist()
+    while torch._C._functorch.is_functorch_wrapped_tensor(lengths):  # vmap lets nobody look but at all samples
+        lengths = torch._C._functorch.get_unwrapped(lengths)
+    values = lengths.flatten().tolist()
     if values and not 0 <= min(values) <= max(values) <= Tk:
         wrong = next(length for length in values if not 0 <= length <= Tk)
         raise RuntimeError(f"lengths: expected values in 0..{Tk}, the number of keys, got {wrong}")
