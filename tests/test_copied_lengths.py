@@ -1,7 +1,6 @@
 """Lengths on the CPU that none of our compiled kernels brings to the device of the keys: they are copied."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +9,8 @@ from torch import Tensor
 from torch.func import vmap
 
 import rnnkern
-from rnnkern import _library
 from rnnkern.functional import attention
-from rnnkern.ops.attention import place_lengths
+from rnnkern.ops import lengths as lengths_ops
 from rnnkern.ops.clip import clip_sequences
 from rnnkern.seq2seq import Decoder
 
@@ -72,18 +70,23 @@ def test_what_does_not_fit_is_refused(wrong: int, use: Use) -> None:
         use(torch.tensor([7, wrong]))
 
 
-@pytest.mark.parametrize("lengths", [[7, 0], [k % 8 for k in range(300)], []])
-def test_a_graph_takes_numbers_not_a_copy(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("numbers", [[5, 0, 2**40, 3], list(range(300)), []])
+def test_a_graph_takes_numbers_not_a_copy(numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """As many launches of torch's as it needs; `tests/test_triton_device.py` captures them."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setitem(_library.missing, "cuda", "this build has none")
-    key = SimpleNamespace(device=torch.device("cpu"), is_cuda=True, is_cpu=False, shape=(len(lengths), 7, 3))
-    monkeypatch.setattr(_library, "missing_on", lambda device: _library.missing)
-    given = torch.tensor(lengths, dtype=torch.int64)
+    launch, devices = lengths_ops.launch_lengths, []
+
+    def launch_here(given: Tensor, device: torch.device) -> Tensor:
+        devices.append(device.type)
+        return launch(given, torch.device("cpu"))
+
+    monkeypatch.setattr(lengths_ops, "launch_lengths", launch_here)
+    given = torch.tensor(numbers, dtype=torch.int64)
     with _Copies() as copies:
-        placed = place_lengths(given, key)
+        placed = lengths_ops.copy_lengths(given, torch.device("cuda"))
     assert torch.equal(placed, given)
     assert placed is not given
+    assert devices == ["cuda"]
     assert not copies.found
 
 

@@ -21,7 +21,7 @@ from rnnkern import _library
 from rnnkern import triton as kernels
 from rnnkern._bench.cases import OURS, TORCH
 from rnnkern._bench.timing import compare
-from rnnkern.ops.linear_cross_entropy import CPU, chunk_rows
+from rnnkern.ops import linear_cross_entropy as loss_ops
 from tests.gpu_dry_run import HostClock, layer_row, measured
 
 
@@ -215,7 +215,7 @@ def test_attention_without_a_compiler_says_why(on_the_cpu: Results) -> None:
     measured(functional_rows([case]), on_the_cpu, "attention", functional.line)
     row = on_the_cpu.content["parts"]["attention"]["rows"][case.name]
     assert row["refused"][COMPILED] == "no compiler"
-    assert TRITON in row["refused"]  # the interpreter multiplies bfloat16 wrongly, or there is no Triton
+    assert (TRITON in row["seconds"]) == kernels.available
     assert EAGER in row["seconds"]
 
 
@@ -235,7 +235,8 @@ def test_attention_that_differs_is_told(on_the_cpu: Results, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_dry_run_of_the_loss(training: bool, on_the_cpu: Results) -> None:
+def test_dry_run_of_the_loss(training: bool, on_the_cpu: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_ops, "_few", lambda *_: False)
     case = functional.LossCase(5, 33, 8, training=training)
     assert measured(functional_rows([case]), on_the_cpu, "loss", functional.line) == 0
     row = on_the_cpu.content["parts"]["loss"]["rows"][case.name]
@@ -245,6 +246,7 @@ def test_dry_run_of_the_loss(training: bool, on_the_cpu: Results) -> None:
     assert (TRITON in row["seconds"]) == kernels.available
     assert (CHUNKED in row["seconds"]) == hasattr(torch.nn, "LinearCrossEntropyOptions")
     assert CUDA not in {**row["seconds"], **row["refused"]}
+    assert "linear_cross_entropy" in row["choice"]
     assert f"| `{case.name}` | 1 / 3 |" in summary.markdown(on_the_cpu.content)
 
 
@@ -277,7 +279,7 @@ def test_rows_of_functions() -> None:
     assert len({case.name for case in [*attended, *lost]}) == len(attended) + len(lost)
     assert (min(case.V for case in lost), max(case.V for case in lost)) == (10_000, 128_000)
     for case in lost:  # fewer logits or rows are left to torch's two functions
-        assert chunk_rows(CPU, case.V) < case.N
+        assert not loss_ops._few("cuda", case.dtype, case.N, case.V)
 
 
 def test_what_triton_loads_is_counted(tmp_path: Path) -> None:

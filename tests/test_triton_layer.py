@@ -103,15 +103,6 @@ def test_packed_rows(engine: str) -> None:
     assert_as_accurate(actual, packed.run_reference(), packed.run("eager"), torch.float32)
 
 
-@pytest.mark.parametrize("lengths", [[5, 0, 2**40, 3], list(range(300)), []])
-def test_lengths_are_placed_without_a_copy(lengths: list[int]) -> None:
-    """As a CUDA graph needs it, which only `tests/test_triton_device.py` can capture."""
-    from rnnkern.triton.layer import place_lengths
-
-    given = torch.tensor(lengths, dtype=torch.int64)
-    assert torch.equal(place_lengths(given, given.device), given)
-
-
 def test_gradients_of_any_order() -> None:
     gru, x = rnnkern.nn.GRU(2, 3).double(), torch.randn(2, 1, 2, dtype=torch.double, requires_grad=True)
     found = []

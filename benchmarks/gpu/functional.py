@@ -67,10 +67,7 @@ def compile_nothing() -> Function:
 
 
 def note_choice(tried: Tried) -> dict[str, str]:
-    """What was chosen for ours; without kernels it is the eager formula once more, which is left out.
-
-    Nothing is told of a loss, which has one backend on a GPU.
-    """
+    """What was chosen for ours; without kernels it is the eager formula once more, which is left out."""
     if OURS not in tried.running:
         return {}
     notes = rnnkern.explain(tried.running[OURS]).layers

@@ -19,6 +19,7 @@ from torch import Tensor
 from rnnkern import _library
 from rnnkern.cells.reference import compute_dtype
 from rnnkern.ops import _dispatch, _overrides, explain, onnx
+from rnnkern.ops.lengths import copy_lengths
 from rnnkern.triton import probe
 
 Score = Literal["dot", "additive"]
@@ -283,13 +284,7 @@ def place_lengths(
     if not absent and (compiling or not _dispatch.transformed()):
         placed: Tensor = torch.ops.rnnkern.cuda_lengths.default(lengths, key)
         return placed
-    if key.is_cuda and not compiling and torch.cuda.is_current_stream_capturing():
-        placed = torch.zeros_like(lengths, device=device)
-        if placed.numel() > 0:
-            torch._foreach_add_(placed.unbind(), lengths.tolist())  # numbers are arguments of launches, which it keeps
-        return placed
-    # The copy is ours: the caller may write other lengths into pinned memory before the GPU has read these.
-    return lengths.clone().to(device, non_blocking=True)
+    return copy_lengths(lengths, device)
 
 
 def attend(

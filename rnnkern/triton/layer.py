@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from rnnkern.cells import CELLS
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops.lengths import copy_lengths
 from rnnkern.ops.products import widens
 from rnnkern.triton import config, grid, resident, stepwise
 from rnnkern.triton.cells import find_cell
@@ -47,14 +48,6 @@ def multiply_batch(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.bmm(a, b, out.dtype, out=out)
 
 
-def place_lengths(lengths: Tensor, device: torch.device) -> Tensor:
-    """Lengths on a device by arguments of launches, which a CUDA graph keeps: it takes no copy from pageable memory."""
-    placed = torch.zeros_like(lengths, device=device)
-    if placed.numel() > 0:
-        torch._foreach_add_(placed.unbind(), lengths.tolist())  # a launch for some hundred numbers, passed by value
-    return placed
-
-
 @dataclass
 class Layer:
     """The arguments of a layer as the engines take them, contiguous."""
@@ -81,10 +74,7 @@ class Layer:
             longest = int(self.lengths.max()) if self.B > 0 else 0
             self.T = longest if packed else self.T
             padded = not packed and self.B > 0 and int(self.lengths.min()) < self.T
-            if self.x.is_cuda and torch.cuda.is_current_stream_capturing():
-                lengths = place_lengths(self.lengths, self.x.device)
-            else:
-                lengths = self.lengths.to(self.x.device, non_blocking=True)
+            lengths = copy_lengths(self.lengths, self.x.device)
             if packed:
                 steps = torch.arange(self.T, device=self.x.device)
                 ended = torch.searchsorted(lengths.flip(0), steps, right=True)  # packed rows come longest first
