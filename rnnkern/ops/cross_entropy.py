@@ -25,6 +25,8 @@ def softmax(
     dbias: Tensor | None,  # [V]
 ) -> Tensor:
     """Losses [R] in the compute dtype. Where gradients are wanted logits become them; their sum is added to dbias."""
+    if not gradients:
+        return _losses(logits, target, smoothing)
     compute, (R, V) = compute_dtype(logits.dtype), logits.shape
     at = target[:, None]
     chosen = logits.gather(1, at).to(compute)
@@ -41,8 +43,6 @@ def softmax(
             torch.mean(p, 1, keepdim=True, out=mean[part])
         torch.softmax(p, 1, out=p)
         torch.amax(p, 1, keepdim=True, out=largest[part])
-        if not gradients:
-            continue
         if smoothing:
             p -= smoothing / V
         p.scatter_add_(1, at[part], onehot[part])
@@ -56,3 +56,20 @@ def softmax(
     if smoothing:
         losses -= smoothing * (mean - highest)
     return losses[:, 0]
+
+
+def _losses(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """The same without gradients: no exponential is kept, and torch reads the logits once less. Overwrites them."""
+    compute, (R, V) = compute_dtype(logits.dtype), logits.shape
+    losses = logits.new_empty(R, dtype=compute)
+    rows = max(R if logits.dtype == compute else BLOCK // V, 1)
+    copies = None if logits.dtype == compute else losses.new_empty(min(rows, R), V)
+    for start in range(0, R, rows):
+        part = slice(start, start + rows)
+        z = logits[part]
+        log_p = z if copies is None else copies[: len(z)].copy_(z)
+        torch.log_softmax(log_p, 1, out=log_p)
+        losses[part] = (smoothing - 1) * log_p.gather(1, target[part, None])[:, 0]
+        if smoothing:
+            losses[part] -= smoothing * log_p.mean(1)
+    return losses
