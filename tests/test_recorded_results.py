@@ -100,6 +100,18 @@ def test_the_faster_goes_first() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_a_segment_runs_where_its_layer_does() -> None:
+    """`checkpoint_every` gives the same bits, with gradients enabled or not, a last segment of one step, too."""
+    backward = WORK._replace(backward=True)
+    for times, expected in (((5.0, 3.0), "cuda"), ((2.0, 3.0), "triton")):
+        record({WORK: (1.0, 2.0), backward: times})
+        with _overrides.Override("whole", (10, 1)):
+            assert {selected(T=T, training=training) for T in (1, 4) for training in (False, True)} == {expected}
+        with _overrides.Override("whole", (10, 2)):
+            assert selected(T=4) == "cuda"
+
+
+@pytest.mark.usefixtures("gpu")
 def test_both_passes_count_where_gradients_are_enabled() -> None:
     backward = WORK._replace(backward=True)
     record({WORK: (1.0, 2.0)})

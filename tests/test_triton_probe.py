@@ -130,12 +130,22 @@ def test_forced_it_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_nothing_is_launched_into_a_cuda_graph(launches: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anything chosen for good that was not tried."""
+    monkeypatch.setattr(_library, "missing", {**_library.missing, "cuda": "no nvcc"})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert probe.refusal(GPU) == ""
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="run the model once before the capture"):
+            selected()
     assert launches == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert probe.refusal(GPU) == ""
+    assert selected() == "triton"
     assert launches == [GPU]
+
+
+def test_what_needs_no_launch_is_told_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 8.0" in probe.refusal(GPU)
 
 
 @pytest.mark.usefixtures("broken")

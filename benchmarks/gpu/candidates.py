@@ -12,6 +12,7 @@ import rnnkern
 from benchmarks.peers import PeerDisagrees, check_agreement
 from rnnkern import triton
 from rnnkern._bench.cases import OURS
+from rnnkern.triton import probe
 
 CUDA, TRITON = f"{OURS} cuda", f"{OURS} triton"  # each by the engine that it chooses
 Function = Callable[[], object]
@@ -38,6 +39,8 @@ def loaded_kernels() -> Iterator[dict[str, list[str]]]:
     if not triton.available or triton.interprets():
         yield found
         return
+    if torch.cuda.is_available():
+        probe.refusal(torch.device("cuda"))  # what it tries once in a process is no part of anybody's first call
     from triton import knobs
 
     def note(*, metadata: dict[str, Any], cache_hit: bool, **_: object) -> None:
@@ -84,9 +87,9 @@ def try_all(builders: Mapping[str, Callable[[], Function]]) -> Tried:
     """Builds each candidate and calls it once. What breaks the GPU's context is raised."""
     tried = Tried()
     for name, build in builders.items():
-        begin = time.perf_counter()
         try:
             with loaded_kernels() as loaded:
+                begin = time.perf_counter()
                 function = build()
                 function()
                 torch.cuda.synchronize()

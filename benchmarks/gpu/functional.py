@@ -67,12 +67,12 @@ def compile_nothing() -> Function:
 
 
 def note_choice(tried: Tried) -> dict[str, str]:
-    """What was chosen for ours; without kernels it is the eager formula once more, which is left out."""
+    """What was chosen for ours; where that is the eager formula once more it is left out."""
     if OURS not in tried.running:
         return {}
     notes = rnnkern.explain(tried.running[OURS]).layers
     if notes and notes[0].backend == "eager":
-        tried.refuse(OURS, f"no kernels: {notes[0].why}")
+        tried.refuse(OURS, f"eager: {notes[0].why}")
         return {}
     return {"choice": str(notes[0])} if notes else {}
 

@@ -25,6 +25,7 @@ from rnnkern.ops import cuda_stack
 from rnnkern.ops._dispatch import ENGINES, TRITON_ENGINES
 from rnnkern.ops.cuda import step_workspace
 from rnnkern.ops.step import attention_step, step
+from rnnkern.triton import probe
 
 BACKENDS = {"cuda": ENGINES, "triton": TRITON_ENGINES}
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -47,7 +48,7 @@ VOCABULARIES = (48, 4112)  # a block, and two with a tail
 
 def missing(backend: str) -> str:
     """Why a backend can run nothing on a GPU, "" if it can."""
-    return _library.missing["cuda"] if backend == "cuda" else triton.missing_on("cuda")
+    return _library.missing["cuda"] if backend == "cuda" else probe.refusal(torch.device("cuda"))
 
 
 def triton_kernels() -> list[str]:

@@ -170,7 +170,10 @@ def _records(device: torch.device, T: int, D: int) -> tuple[int, bool, bool] | N
 
     Of a single step none are: those that were measured have many, and for one the CUDA backend has other kernels.
     """
-    return (D, tf32_allowed(), torch.is_grad_enabled()) if T != 1 and _has_records(device) else None
+    whole = _overrides.get("whole")  # T and D of the layer of which this call is a segment: that one is trained
+    T, D = whole or (T, D)
+    gradients = whole is not None or torch.is_grad_enabled()
+    return (D, tf32_allowed(), gradients) if T != 1 and _has_records(device) else None
 
 
 def choose_gpu(
@@ -290,7 +293,7 @@ def _refused(cell: str) -> Iterator[None]:
         raise BackendUnavailable(f"{cell}: {why}") from None
 
 
-def triton_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool = False) -> str:
+def triton_plan(cell: str, x: torch.Tensor, h0: torch.Tensor, backward: bool) -> str:
     """The engine of Triton that runs a pass of a layer, and how it cuts the layer.
 
     Raises:
@@ -364,9 +367,7 @@ def select(
                 plan = functools.partial(cuda_plan, cell, x, h0, lengths)
                 engine = "one launch" if fused else both_passes(plan, dtype, choice.backend)
             elif choice.backend == "triton":
-                engine = triton_plan(cell, x, h0)
-                if torch.is_grad_enabled():
-                    engine += f"; backward: {triton_plan(cell, x, h0, backward=True)}"
+                engine = both_passes(functools.partial(triton_plan, cell, x, h0), dtype, choice.backend)
             note(LayerNote, cell, str(device), str(dtype), T, B, I, H, D, choice.backend, choice.why, engine)
     if choice.backend == "eager":
         _library.warn_if_missing(device)

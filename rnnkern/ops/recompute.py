@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rnnkern.cells.reference import compute_dtype
+from rnnkern.ops import _overrides
 from rnnkern.ops._dispatch import transformed
 from rnnkern.ops.formulas import Outputs, grad_of
 from rnnkern.ops.packs import PackCache, Weights
@@ -65,7 +66,7 @@ def segmented(
         packs.forget()  # as `recurrence` does where gradients are wanted
     # Copies: backward reads them again, whatever the caller has written there since.
     lengths, resets = (None if t is None else t.clone() for t in (lengths, options.get("resets")))
-    result: Outputs = _apply(_Plan(every, T, cell, lengths, {**options, "resets": resets}), *tensors)
+    result: Outputs = _apply(_Plan(every, T, len(h0), cell, lengths, {**options, "resets": resets}), *tensors)
     return result
 
 
@@ -82,6 +83,7 @@ class _Segment(NamedTuple):
 class _Plan:
     every: int
     T: int
+    D: int
     cell: str
     lengths: Tensor | None
     options: dict[str, Any]
@@ -109,15 +111,16 @@ class _Plan:
 
     def run(self, segment: _Segment, d: int, x: Tensor, h: Tensor, c: Tensor | None, tensors: Any) -> Outputs:
         """A segment of direction d: y and c_all of its rows, and the state [1, B, H] after it."""
-        y, h_n, c_n, c_all = recurrence(
-            self.cell,
-            x if segment.back is None else _reordered(x, segment.back),
-            h,
-            c,
-            (*tensors[4 * d : 4 * d + 4], None, None, None, None),
-            projection=(tensors[8 + d], None),
-            **{**self.options, "lengths": segment.lengths, "resets": segment.resets},
-        )
+        with _overrides.Override("whole", (self.T, self.D)):  # who runs it follows from the layer
+            y, h_n, c_n, c_all = recurrence(
+                self.cell,
+                x if segment.back is None else _reordered(x, segment.back),
+                h,
+                c,
+                (*tensors[4 * d : 4 * d + 4], None, None, None, None),
+                projection=(tensors[8 + d], None),
+                **{**self.options, "lengths": segment.lengths, "resets": segment.resets},
+            )
         if segment.back is not None:
             y, c_all = (_reordered(out, segment.back) if out.dim() > 1 else out for out in (y, c_all))
         return y, h_n, c_n, c_all

@@ -146,7 +146,7 @@ def layer(
     inputs = (cell, x, h0, c0, *weights, lengths, resets, return_states)
     how = _dispatch.forced_engine(), _dispatch.tf32_allowed()
     if how[0] and not torch.compiler.is_compiling():
-        _dispatch.triton_plan(cell, x, h0)
+        _dispatch.triton_plan(cell, x, h0, backward=False)
     if training:
         y, h_n, c_n, c_all, _ = torch.ops.rnnkern.triton_layer.default(*inputs, grad_clip, *how)
         return y, h_n, c_n, c_all

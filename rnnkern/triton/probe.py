@@ -34,13 +34,16 @@ def _launch(device: torch.device) -> None:
         launch(compiler.jit(nothing), (1,), 2)
 
 
-def _probe(device: torch.device) -> str:
+def _probe(device: torch.device) -> str | None:
+    """Why nothing runs, "" if it does; None: nothing can be tried, since a CUDA graph is captured."""
     try:
         if device.type == "cuda" and torch.version.hip is None:
             capability = torch.cuda.get_device_capability(device)
             if capability < OLDEST_NVIDIA:
                 needed, has = (".".join(map(str, version)) for version in (OLDEST_NVIDIA, capability))
                 return f"Triton's kernels need compute capability {needed}, {device} has {has}"
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
         _launch(device)
     except Exception as error:  # whatever Triton, its compilers and the driver raise
         return f"Triton does not run on {device}: {error_line(error)}"
@@ -54,18 +57,23 @@ _lock = threading.Lock()
 def refusal(device: torch.device) -> str:
     """Why Triton's kernels do not run on a device, "" if they do: found out once in a process.
 
-    While a CUDA graph is captured nothing is launched that is not to be in the graph: "" then, unless it is known.
+    Raises:
+        RuntimeError: a CUDA graph is captured, and Triton has not been tried yet: a graph cannot take what is compiled
+            and loaded at a first call, and nothing may be launched that is not to be in it.
     """
     if why := triton.missing_on(device.type):
         return why
     if device.index is None and device.type != "cpu":
         device = torch.device(device.type, torch.get_device_module(device).current_device())
     if device not in _found:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return ""
         with _lock:
-            if device not in _found:
-                _found[device] = _probe(device)
+            found = _found[device] if device in _found else _probe(device)
+            if found is None:
+                raise RuntimeError(
+                    "a CUDA graph is captured, and Triton's kernels are compiled at their first call: run the model "
+                    "once before the capture, as torch.cuda.graph asks for"
+                )
+            _found[device] = found
     return _found[device]
 
 
