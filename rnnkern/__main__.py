@@ -236,6 +236,8 @@ def tune(arguments: argparse.Namespace) -> None:
 
     where = arguments.device or gpu()
     assert where is not None  # or the backend would be absent
+    if where.type in ("cuda", "xpu") and (where.index or 0) >= torch.get_device_module(where).device_count():
+        raise rnnkern.BackendUnavailable(f"torch {torch.__version__} finds no {where}")
     if why := probe.refusal(where):
         raise rnnkern.BackendUnavailable(why)
     name = config.facts_of(where).name

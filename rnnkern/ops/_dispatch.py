@@ -190,6 +190,8 @@ def absence(backend: str) -> str:
         device = next((kind for kind in ("cuda", "xpu") if torch.get_device_module(kind).is_available()), device)
     why = refusal(backend, "lstm", device, torch.float32, 1, missing=_library.missing_on(torch.device(device)))
     if backend == "triton":
+        if device == "cpu" and not triton.reason and not triton.interprets():
+            return f"torch {torch.__version__} finds no GPU; {why}"
         return why or probe.refusal(torch.device(device))
     return "torch finds no GPU" if not why and device == "cuda" and not torch.cuda.is_available() else why
 

@@ -67,6 +67,6 @@ def missing_on(device: str) -> str:
     """Why no Triton kernel runs on tensors of a type of device, "" if they run."""
     if device not in ("cpu", "cuda", "xpu"):
         return f"the tensors are on {device}, not on a GPU"
-    if device == "cpu" and not interprets():
-        return "Triton's kernels run on a CPU by Triton's interpreter alone, for tests: TRITON_INTERPRET=1"
+    if device == "cpu" and not reason and not interprets():
+        return "Triton's kernels run on GPUs; on a CPU its interpreter alone runs them, for tests: TRITON_INTERPRET=1"
     return reason or (interpreter_reason if interprets() else "")

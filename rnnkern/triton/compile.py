@@ -366,6 +366,8 @@ def main() -> None:
     import triton
 
     found = compile_all(options.targets, options.quick, options.only)
+    if not found:
+        sys.exit(f"no kernel has {options.only!r} in its name")
     report = Path("build", "triton-resources.md")
     report.parent.mkdir(exist_ok=True)
     report.write_text(table(found))

@@ -182,6 +182,8 @@ def tune(
     except table.Foreign as error:
         tell(f"{path}: {error}; what is there is replaced")
         entries = {}
+    except table.Unusable as error:
+        raise table.Unusable(f"{path}: {error}; delete it, or name another file") from None
     table.write(path, facts.name, entries)
     added, compiling = 0, 0.0
     for work in works:
