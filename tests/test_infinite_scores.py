@@ -48,8 +48,6 @@ def softmax(query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> tuple
 @pytest.mark.parametrize("Tq", [1, 3])
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_as_of_softmax(backend: str, Tq: int, kind: str) -> None:
-    if backend == "cuda-emulated" and Tq == 1:
-        pytest.skip("zero, as the docstring of attention says")
     padding = make_padding(kind)
     given = {"lengths": {"lengths": (~padding).sum(1)}, "mask": {"key_padding_mask": padding}}.get(kind, {})
     inputs = [t.requires_grad_() for t in make_inputs(Tq)]
@@ -62,6 +60,9 @@ def test_as_of_softmax(backend: str, Tq: int, kind: str) -> None:
     assert expected[0][0, 0].isnan().all()
     assert not expected[0][1:].isnan().any()
     for name, a, b in zip(("context", "weights", "dquery", "dkey", "dvalue"), found, expected, strict=True):
-        assert torch.equal(a.isnan(), b.isnan()), name
+        if backend == "cuda-emulated" and Tq == 1 and name in ("context", "weights"):
+            assert not a[b.isnan()].any(), name  # zeros, as the docstring of attention says
+        else:
+            assert torch.equal(a.isnan(), b.isnan()), name
         if name not in ("dquery", "dkey"):  # sums of 1e20 that cancel
             assert error(a.nan_to_num(), b.nan_to_num()) < 1e-5, name
